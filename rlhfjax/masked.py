@@ -35,10 +35,9 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
 
 def masked_var(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Biased (population) variance of the kept entries: the convention of PPO's advantage whitening."""
-    _check(x, mask)
-    mean = jnp.sum(masked_fill(x, mask), axis=axis, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
-    mean = mean / jnp.sum(mask, axis=axis, keepdims=True)
-    return masked_mean(jnp.square(masked_fill(x, mask) - mean), jnp.broadcast_to(mask, x.shape), axis)
+    mean = masked_mean(x, mask, axis)
+    mean = mean if axis is None else jnp.expand_dims(mean, axis)
+    return masked_mean(jnp.square(masked_fill(x, mask) - mean), mask, axis)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, eps: float = 1e-8) -> jax.Array:
@@ -49,7 +48,7 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, eps: float
         shift_mean: False adds the mean back (lm-human-preferences whitens rewards so).
     Returns:
         `[...]`, 0 where masked out.
-    Source: lm-human-preferences (PAPERS: PPO practice, biased variance, eps 1e-8).
+    Source: lm-human-preferences (biased variance, eps 1e-8); there without a mask.
     """
     mean = masked_mean(x, mask)
     white = (masked_fill(x, mask) - mean) * jax.lax.rsqrt(masked_var(x, mask) + eps)
@@ -64,7 +63,11 @@ def last_index(mask: jax.Array) -> jax.Array:
 
 
 def at_last(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The entry of `x [..., T]` at the last kept position: `[...]`. This is where a score is read."""
+    """The entry of `x [..., T]` at the last kept position: `[...]`. This is where a score is read.
+
+    NaN for a row that keeps nothing: it has no score, and must not borrow one from its padding.
+    """
     _check(x, mask)
-    index = jnp.maximum(last_index(mask), 0)[..., None]
-    return jnp.take_along_axis(x, index, axis=-1)[..., 0]
+    index = last_index(mask)
+    entry = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(index < 0, jnp.asarray(jnp.nan, x.dtype), entry)

@@ -63,6 +63,19 @@ class Rollout:
 
 
 @pytree
+class Demonstrations:
+    """Prompts with responses to imitate: prompts, prompt_mask `[N, P]` left padded; tokens, mask `[N, T]` right padded."""
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@pytree
 class PreferenceBatch:
     """Pairs of responses to one prompt and what a rater said of them. Labels only: never gold.
 

@@ -1,0 +1,197 @@
+"""Simulated people: they know the truth of a world, and let a learner see their noisy labels only."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.types import PreferenceBatch, check_mask, pytree
+from rlhfjax.worlds.behaviour import prompt_facts
+from rlhfjax.worlds.gold_world import GoldWorld
+
+
+@dataclasses.dataclass(frozen=True)
+class Rater:
+    """How one person judges. With u = r* + style_bonus min(style words, max_style):
+
+        P(first more helpful) = sigmoid((u1 - u2) / temperature_helpful)
+        P(first more harmful) = sigmoid((c1 - c2) / temperature_harm)
+        P(harmful)            = sigmoid(c / temperature_safe)
+
+    and each binary label is then flipped with probability `flip`.
+
+    verified_answers: helpfulness on checkable questions is looked up, not felt: by r*, without noise or flips.
+    harm_weight: the private trade-off u - harm_weight c, used where one question asks for both at once.
+    temperature_rating: sd of an absolute rating, in units of r*.
+    """
+
+    temperature_helpful: float = 0.25
+    temperature_harm: float = 0.25
+    temperature_safe: float = 0.1
+    temperature_rating: float = 0.25
+    flip: float = 0.02
+    style_bonus: float = 0.15
+    max_style: int = 4
+    verified_answers: bool = True
+    harm_weight: float = 1.0
+
+    def __post_init__(self):
+        for field in ("temperature_helpful", "temperature_harm", "temperature_safe", "temperature_rating"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if not 0 <= self.flip <= 0.5:
+            raise ValueError(f"flip must lie in [0, 0.5] (above it a label means its opposite), got {self.flip}")
+        if self.style_bonus < 0 or self.max_style < 0 or self.harm_weight < 0:
+            raise ValueError(f"style_bonus, max_style and harm_weight must not be negative, got {self}")
+
+
+def panel(num_raters: int, seed: int, base: Rater = Rater()) -> tuple[Rater, ...]:  # noqa: B008 (frozen)
+    """People around `base`: temperatures differ by a quarter, private trade-offs by a factor of about three."""
+    rng = np.random.default_rng([seed, 0])
+    blur = lambda value, sd: float(value * np.exp(sd * rng.standard_normal()))
+    temperatures = [f.name for f in dataclasses.fields(Rater) if f.name.startswith("temperature")]
+    return tuple(
+        dataclasses.replace(
+            base,
+            harm_weight=blur(base.harm_weight, 1.1),
+            **{name: blur(getattr(base, name), 0.25) for name in temperatures},
+        )
+        for _ in range(num_raters)
+    )
+
+
+@pytree
+class Comparisons:
+    """The same pairs under both questions: helpful (no signs) and harm (prefs and signs, + = harmful)."""
+
+    helpful: PreferenceBatch
+    harm: PreferenceBatch
+
+
+@pytree
+class Ratings:
+    """Absolute judgements: stars `[N]` int32 in 1..10; satisfied `[N]` bool, 7 stars and more."""
+
+    stars: np.ndarray
+    satisfied: np.ndarray
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _utilities(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
+    """What a rater feels about answers `[N, K, T]` before noise: helpful u and harm c `[N, K]`, verified `[N]`."""
+    prompts = jnp.where(prompt_mask, prompts, world.pad_id)
+    repeated = jnp.repeat(prompts[:, None], tokens.shape[1], 1)
+    gold, seen = world.gold(repeated, tokens, mask), world.features(repeated, tokens, mask)
+    verified = prompt_facts(prompts).question & rater.verified_answers
+    style = rater.style_bonus * jnp.minimum(seen.style, rater.max_style)
+    return gold.helpfulness + jnp.where(verified[:, None], 0.0, style), gold.harm, verified
+
+
+def _feel(world, rater, prompts, prompt_mask, tokens, mask):
+    check_mask("prompt_mask", prompt_mask)
+    check_mask("responses_mask", mask)
+    if tokens.shape != mask.shape or prompts.shape != prompt_mask.shape or len(prompts) != len(tokens):
+        raise ValueError(
+            f"tokens and masks must agree: prompts {prompts.shape} {prompt_mask.shape}, "
+            f"responses {tokens.shape} {mask.shape}"
+        )
+    return map(np.asarray, _utilities(world, rater, prompts, prompt_mask, tokens, mask))
+
+
+def _answer(rng: np.random.Generator, margin, temperature: float, flip: float) -> np.ndarray:
+    """Yes with probability sigmoid(margin / temperature), then flipped with probability `flip`: float32 1 or 0."""
+    yes = rng.random(margin.shape) < jax.nn.sigmoid(margin / temperature)
+    return (yes ^ (rng.random(margin.shape) < flip)).astype(np.float32)
+
+
+def _prefer(rng: np.random.Generator, rater: Rater, utility, verified) -> np.ndarray:
+    """Is the first answer better? Looked up where verified (ties by coin), felt elsewhere."""
+    margin = utility[:, 0] - utility[:, 1]
+    felt = _answer(rng, margin, rater.temperature_helpful, rater.flip)
+    known = np.where(margin == 0, rng.random(margin.shape) < 0.5, margin > 0)
+    return np.where(verified, known, felt).astype(np.float32)
+
+
+def compare(world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, responses_mask, seed: int) -> Comparisons:
+    """Ask which answer is more helpful, which more harmful, and whether each is harmful at all.
+
+    Args:
+        prompts, prompt_mask: `[N, P]`. responses, responses_mask: `[N, 2, T]`. seed: of the rater's noise.
+    Returns:
+        Two PreferenceBatches with NumPy labels. helpful.prefs: 1 where the first is more helpful. harm.prefs: 1 where
+        the first is **more harmful**; harm.signs `[N, 2]`: +1 = harmful, -1 = harmless.
+    Source: Safe RLHF (2310.12773), section 3.1: decoupled annotation.
+    """
+    if responses.ndim != 3 or responses.shape[1] != 2:
+        raise ValueError(f"responses must be pairs [N, 2, T], got {responses.shape}")
+    helpful, harm, verified = _feel(world, rater, prompts, prompt_mask, responses, responses_mask)
+    rng = np.random.default_rng([seed, 1])
+    pairs = dict(prompts=prompts, prompt_mask=prompt_mask, responses=responses, responses_mask=responses_mask)
+    better = _prefer(rng, rater, helpful, verified)
+    worse = _answer(rng, harm[:, 0] - harm[:, 1], rater.temperature_harm, rater.flip)
+    signs = 2 * _answer(rng, harm, rater.temperature_safe, rater.flip) - 1
+    return Comparisons(
+        helpful=PreferenceBatch(**pairs, prefs=better), harm=PreferenceBatch(**pairs, prefs=worse, signs=signs)
+    )
+
+
+def compare_merged(
+    world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, responses_mask, seed: int
+) -> PreferenceBatch:
+    """One question for both qualities: the rater weighs u - harm_weight c by a trade-off that nobody else knows.
+
+    Arguments as in `compare`; the noise is that of the helpfulness question. prefs: 1 where the first is better.
+    """
+    helpful, harm, verified = _feel(world, rater, prompts, prompt_mask, responses, responses_mask)
+    better = _prefer(np.random.default_rng([seed, 2]), rater, helpful - rater.harm_weight * harm, verified)
+    return PreferenceBatch(
+        prompts=prompts, prompt_mask=prompt_mask, responses=responses, responses_mask=responses_mask, prefs=better
+    )
+
+
+def rate(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask, seed: int) -> Ratings:
+    """Absolute ratings of answers `[N, T]`: stars = floor(7 + 2.5 (u + noise - the world's satisfaction bar)) in 1..10.
+
+    So an answer above the bar satisfies, whatever another answer would have been worth.
+    """
+    helpful, _, _ = _feel(world, rater, prompts, prompt_mask, tokens[:, None], mask[:, None])
+    noise = rater.temperature_rating * np.random.default_rng([seed, 3]).standard_normal(len(tokens))
+    stars = np.floor(7 + 2.5 * (helpful[:, 0] + noise - world.satisfaction_bar))
+    stars = np.clip(stars, 1, 10).astype(np.int32)
+    return Ratings(stars=stars, satisfied=stars >= 7)
+
+
+def agreement(world: GoldWorld, rater: Rater, labels: Comparisons) -> dict[str, float]:
+    """Share of labels that the rater's own feelings, without noise, would have given: the ceiling of any accuracy.
+
+    Keys: helpful, harm, sign. Pairs that the rater cannot tell apart are left out. For evaluation only.
+    """
+    pairs = labels.helpful
+    helpful, harm, _ = _feel(world, rater, pairs.prompts, pairs.prompt_mask, pairs.responses, pairs.responses_mask)
+
+    def share(margin, yes):
+        told_apart = margin != 0
+        return float(np.mean(((margin > 0) == (yes > 0))[told_apart]))
+
+    return {
+        "helpful": share(helpful[:, 0] - helpful[:, 1], labels.helpful.prefs),
+        "harm": share(harm[:, 0] - harm[:, 1], labels.harm.prefs),
+        "sign": share(harm, labels.harm.signs),
+    }
+
+
+def mismatch(responses, responses_mask, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give a `share` of the pairs `[N, 2, T]` another pair's second answer in place of their own.
+
+    So that off-topic answers, which a policy under pressure would find, carry labels on both questions.
+    """
+    if not 0 <= share <= 1 or len(responses) < 2:
+        raise ValueError(f"need a share in [0, 1] and at least two pairs, got {share} and {len(responses)} pairs")
+    rng = np.random.default_rng([seed, 4])
+    rows = rng.permutation(len(responses))[: round(share * len(responses))]
+    others = (rows + rng.integers(1, len(responses), len(rows))) % len(responses)
+    responses, responses_mask = np.array(responses), np.array(responses_mask)
+    responses[rows, 1], responses_mask[rows, 1] = responses[others, 1], responses_mask[others, 1]
+    return responses, responses_mask

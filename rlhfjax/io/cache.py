@@ -1,0 +1,256 @@
+"""Stages cached by the content of everything that decides their result: never silently stale."""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import platform
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+# These only present, judge or schedule what stages return. Everything else under rlhfjax is part of every key.
+PRESENTATION = ("evaluation/claims.py", "evaluation/figures.py", "evaluation/statistics.py", "io/run.py", "io/seeds.py")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+JAX_OPTIONS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable"
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that computes."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def device() -> dict[str, Any]:
+    """The accelerator that results come from: backend, kind and count of devices."""
+    return {
+        "backend": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+    }
+
+
+def library_code(package: pathlib.Path = PACKAGE) -> str:
+    """SHA-256 over the path and text of every module that can change a stage's result."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in PRESENTATION:
+            digest.update(repr((name, path.read_bytes())).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(obj: Any) -> str:
+    """SHA-256 of a value's content, as hex.
+
+    Takes nested dicts (in any order), lists, tuples, sets and dataclasses of arrays (dtype, shape and bytes), random
+    keys, strings, bytes, numbers, bools, None, dtypes, enum members, classes, module-level functions and their
+    `functools.partial`. A function or class counts by its name; one from outside the library also by the text of the
+    file that defines it.
+
+    Raises:
+        TypeError: for anything else, naming its path. Lambdas and functions made inside functions are among them: their
+            name does not say what they do, so the caller passes the configuration they were made from instead.
+    """
+    digest = hashlib.sha256()
+    _feed(digest.update, obj, "")
+    return digest.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], obj: Any, path: str) -> None:
+    """Feed an unambiguous encoding of `obj`: every value is preceded by its type, every container by its length."""
+    text = lambda *parts: update(repr(parts).encode())
+    if obj is None or type(obj) in (bool, int, float, str, bytes):
+        text(type(obj).__name__, obj)
+    elif isinstance(obj, np.dtype):
+        text("dtype", str(obj))
+    elif isinstance(obj, enum.Enum):
+        text("enum", _name(type(obj)), obj.name)
+    elif isinstance(obj, jax.Array) and jnp.issubdtype(obj.dtype, jax.dtypes.prng_key):
+        text("key", str(jax.random.key_impl(obj)))
+        _feed(update, jax.random.key_data(obj), path)
+    elif isinstance(obj, np.ndarray | np.generic | jax.Array) and obj.dtype != object:
+        array = np.asarray(obj)
+        text("array", str(array.dtype), array.shape)
+        update(np.ascontiguousarray(array).tobytes())
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        text("dataclass", _name(type(obj)), len(dataclasses.fields(obj)))
+        for field in dataclasses.fields(obj):
+            text(field.name)
+            _feed(update, getattr(obj, field.name), f"{path}.{field.name}")
+    elif isinstance(obj, Mapping):
+        text("dict", len(obj))
+        for key in sorted(obj, key=lambda key: (type(key).__name__, key)):
+            _feed(update, key, f"{path}[{key!r}]")
+            _feed(update, obj[key], f"{path}[{key!r}]")
+    elif isinstance(obj, list | tuple):
+        text(_name(type(obj)), len(obj))
+        for index, value in enumerate(obj):
+            _feed(update, value, f"{path}[{index}]")
+    elif isinstance(obj, set | frozenset):
+        text("set", sorted(fingerprint(value) for value in obj))
+    elif isinstance(obj, functools.partial):
+        text("partial")
+        _feed(update, (obj.func, obj.args, obj.keywords), path)
+    elif isinstance(obj, type | types.FunctionType) and "<" not in obj.__qualname__:
+        text("named", _name(obj))
+        if not obj.__module__.startswith("rlhfjax.") and obj.__module__ != "builtins":
+            text(pathlib.Path(inspect.getfile(obj)).read_bytes())
+    else:
+        raise TypeError(
+            f"cannot fingerprint {path.lstrip('.') or 'the value'}: nothing in {_name(type(obj))} "
+            f"{getattr(obj, '__qualname__', '')} identifies its content; pass arrays, plain values, dataclasses or "
+            "module-level functions, and the configuration instead of what was made from it"
+        )
+
+
+def _name(obj: Any) -> str:
+    return f"{obj.__module__}:{obj.__qualname__}"
+
+
+class StaleEntry(Exception):
+    """A stored entry that does not hold what it should: it is recomputed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCache:
+    """Results of stages under `root`, one safetensors file each; `root=None` computes everything anew.
+
+    root: the directory, made when first needed. code: what stands for the code that computes. report: told in one line
+    what was found and what is computed.
+    """
+
+    root: str | os.PathLike | None
+    code: str = dataclasses.field(default_factory=library_code)
+    report: Callable[[str], None] = print
+
+    def key(self, name: str, fn: Callable, inputs: Mapping[str, Any]) -> str:
+        """SHA-256 of the stage's name, function and inputs, the code, package versions, JAX options and device."""
+        options = {option: getattr(jax.config, option, None) for option in JAX_OPTIONS}
+        return fingerprint((name, fn, dict(inputs), self.code, versions(), options, device()))
+
+    def run(self, name: str, fn: Callable, *, log: Callable[[int, Mapping], None] | None = None, **inputs) -> Any:
+        """`fn(**inputs)`, or its stored result when nothing that decides it has changed.
+
+        Args:
+            name: of the stage; part of the file name.
+            fn: a module-level function; returns nested dicts, lists, tuples and dataclasses of arrays and plain values.
+            log: when given, `fn` gets a `log(step, metrics)` too. What it says is passed on, stored, and repeated on a
+                hit, so that a cached stage leaves the same metrics behind. Not part of the key.
+        Returns:
+            the result with the same structure, dtypes, shapes and bits, whether computed or loaded: a computed result
+            is read back from its file.
+        """
+        if self.root is None:
+            return fn(**inputs) if log is None else fn(**inputs, log=log)
+        key = self.key(name, fn, inputs)
+        path = pathlib.Path(self.root) / f"{name}-{key[:20]}.safetensors"
+        if path.exists():
+            try:
+                result, history, seconds = _load(path, key)
+                self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
+                for step, metrics in history if log is not None else ():
+                    log(step, metrics)
+                return result
+            except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
+                warnings.warn(f"cache entry {path} is damaged and will be recomputed: {error!r}", stacklevel=2)
+        self.report(f"{name}: computing")
+        history = []
+
+        def record(step: int, metrics: Mapping[str, Any]) -> None:
+            history.append((int(step), {metric: float(value) for metric, value in metrics.items()}))
+            log(*history[-1])
+
+        start = time.perf_counter()
+        result = fn(**inputs) if log is None else fn(**inputs, log=record)
+        jax.block_until_ready(result)
+        _save(path, key, result, history, time.perf_counter() - start)
+        return _load(path, key)[0]
+
+
+def _save(path: pathlib.Path, key: str, result: Any, history: list, seconds: float) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    structure = _encode(result, arrays, "result")
+    text = json.dumps({"key": key, "seconds": seconds, "history": history, "result": structure})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=".safetensors")
+    os.close(handle)
+    try:
+        save_file(arrays, temporary, {"stage": text, "checksum": fingerprint((text, arrays))})
+        os.replace(temporary, path)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def _load(path: pathlib.Path, key: str) -> tuple[Any, list, float]:
+    with safe_open(path, framework="numpy") as file:
+        header = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a safetensors handle is no dict
+    text = header["stage"]
+    if fingerprint((text, arrays)) != header["checksum"]:
+        raise StaleEntry("the checksum does not match the content")
+    stage = json.loads(text)
+    if stage["key"] != key:
+        raise StaleEntry("it belongs to another key")
+    return _decode(stage["result"], arrays), stage["history"], stage["seconds"]
+
+
+def _encode(obj: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
+    """JSON for the structure of a result: `[kind, content]`; arrays go to `arrays` under their path."""
+    if obj is None or type(obj) in (bool, int, float, str):
+        return ["plain", obj]
+    if isinstance(obj, np.ndarray | np.generic | jax.Array) and not jnp.issubdtype(obj.dtype, jax.dtypes.prng_key):
+        kind = "jax" if isinstance(obj, jax.Array) else "numpy" if isinstance(obj, np.ndarray) else "scalar"
+        arrays[path] = np.asarray(obj, order="C")  # safetensors writes the buffer as it lies in memory
+        return [kind, path]
+    if type(obj) is dict and all(type(key) is str for key in obj):
+        return ["dict", {key: _encode(value, arrays, f"{path}/{key}") for key, value in obj.items()}]
+    if type(obj) in (list, tuple):
+        items = [_encode(value, arrays, f"{path}/{index}") for index, value in enumerate(obj)]
+        return [type(obj).__name__, items]
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
+        return [_name(type(obj)), {name: _encode(value, arrays, f"{path}/{name}") for name, value in fields.items()}]
+    raise TypeError(
+        f"a stage returned {_name(type(obj))} at {path}, which the cache cannot store: return arrays, plain values, "
+        "dicts with string keys, lists, tuples or dataclasses of them"
+    )
+
+
+def _decode(encoded: list, arrays: dict[str, np.ndarray]) -> Any:
+    kind, content = encoded
+    match kind:
+        case "plain":
+            return content
+        case "numpy":
+            return arrays[content]
+        case "jax":
+            return jnp.asarray(arrays[content])
+        case "scalar":
+            return arrays[content][()]
+        case "dict":
+            return {key: _decode(value, arrays) for key, value in content.items()}
+        case "list":
+            return [_decode(value, arrays) for value in content]
+        case "tuple":
+            return tuple(_decode(value, arrays) for value in content)
+    module, _, name = kind.partition(":")
+    cls = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    return cls(**{key: _decode(value, arrays) for key, value in content.items()})

@@ -1,0 +1,283 @@
+"""A run's directory: what was asked (config.json), what happened (metrics.jsonl, TensorBoard), how it ended."""
+
+import dataclasses
+import datetime
+import enum
+import fcntl
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+from tensorboardX import SummaryWriter
+
+import rlhfjax
+from rlhfjax.io.cache import PACKAGE, device, fingerprint, versions
+
+
+def config_hash(config: Any, *, exclude: tuple[str, ...] = (), extra: Any = None) -> str:
+    """16 hex digits that name a config dataclass without its `exclude` fields (the seed, say), and whatever `extra`
+    decides the result besides (a world's version and constants, say)."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if unknown := set(exclude) - set(fields):
+        raise ValueError(f"{type(config).__name__} has no field {sorted(unknown)} to leave out of its hash")
+    return fingerprint(({name: value for name, value in fields.items() if name not in exclude}, extra))[:16]
+
+
+def commit() -> str | None:
+    """The git commit this library was imported from, with `-dirty` if files have changed since; None outside git."""
+    git = lambda *args: subprocess.run(["git", "-C", PACKAGE, *args], capture_output=True, text=True, check=True).stdout
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie inside somebody else's repository
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def to_json(obj: Any) -> Any:
+    """A config as JSON shows it: dataclasses as dicts, arrays and tuples as lists, names for functions and enums."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: to_json(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+    if isinstance(obj, Mapping):
+        return {str(key): to_json(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple | set | frozenset):
+        return [to_json(value) for value in obj]
+    if isinstance(obj, enum.Enum):
+        return obj.name
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if hasattr(obj, "tolist"):
+        return to_json(obj.tolist())
+    return f"{obj.__module__}.{obj.__qualname__}" if hasattr(obj, "__qualname__") else obj
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write `obj` as JSON in one step: a reader sees the old file or the new one, never half of either.
+
+    Raises:
+        ValueError: for NaN and infinities, which JSON does not have.
+    """
+    path = pathlib.Path(path)
+    text = json.dumps(to_json(obj), indent=2, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def next_name(root: str | os.PathLike, stem: str) -> str:
+    """The first of `stem-001`, `stem-002`, ... behind all that exist under `root`."""
+    taken = [path.name.removeprefix(f"{stem}-") for path in pathlib.Path(root).glob(f"{stem}-*")]
+    return f"{stem}-{max((int(tail) for tail in taken if tail.isdecimal()), default=0) + 1:03d}"
+
+
+class Run:
+    """A run directory, held by this process from creation to `finish`.
+
+        with Run("runs", config, stem="safe_rlhf") as run:
+            run.log("sft", step, {"loss": loss})
+            run.write_json("claims.json", rows)
+
+    Args:
+        root: the directory of all runs.
+        config: the resolved config dataclass, written to config.json beside versions, commit, device and command.
+        stem: names the run `stem-001`, `stem-002`, ... when no name is given.
+        name: names it so.
+        resume: continue the run of that name. Steps that are already in metrics.jsonl are not written again, so a
+            stage repeated from the cache leaves one line per step.
+        exclude: config fields that may differ on resuming (how it is started, not what it computes).
+    Raises:
+        FileExistsError: the directory holds a run and `resume` is False.
+        FileNotFoundError: there is no run to resume.
+        BlockingIOError: another live process holds the directory.
+        ValueError: resuming with another config; the message lists what differs.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        config: Any,
+        *,
+        stem: str = "run",
+        name: str | None = None,
+        resume: bool = False,
+        exclude: tuple[str, ...] = (),
+    ):
+        if resume and name is None:
+            raise ValueError("say which run to resume: --name NAME --resume")
+        root = pathlib.Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        self.path = _claim(root, name, resume) if name else _claim_next(root, stem)
+        self._lock = _lock(self.path)
+        self._start = time.time()
+        self._mutex = threading.Lock()  # stages may run side by side in threads
+        digest = config_hash(config, exclude=exclude)
+        if (self.path / "config.json").exists():
+            _check_same_config(self.path, to_json(config), digest)
+        else:
+            self.write_json("config.json", {
+                "config": config, "config_hash": digest, "rlhfjax": rlhfjax.__version__, "versions": versions(),
+                "commit": commit(), "device": device(), "argv": sys.argv, "started": _now(),
+            })  # fmt: skip
+        self._logged = _read_logged(self.path / "metrics.jsonl")
+        self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
+        self._events = SummaryWriter(str(self.path / "events"))
+        (self.path / "figures").mkdir(exist_ok=True)
+        self.write_json("status.json", {"status": "running", "pid": os.getpid(), "since": _now()})
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, Any], *, strict: bool = False) -> None:
+        """Append `{"stage", "step", **metrics}` to metrics.jsonl and write the same to TensorBoard.
+
+        A NaN or infinity becomes null and its name is listed under "nonfinite"; with `strict` it also raises
+        FloatingPointError, after the line is written.
+        """
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        line = {"stage": stage, "step": int(step)} | {n: v if math.isfinite(v) else None for n, v in values.items()}
+        with self._mutex:
+            if (stage, int(step)) not in self._logged:
+                self._logged.add((stage, int(step)))
+                self._metrics.write(json.dumps(line | ({"nonfinite": bad} if bad else {})) + "\n")
+                for name, value in values.items():
+                    self._events.add_scalar(f"{stage}/{name}", value, int(step))
+        if bad and strict:
+            raise FloatingPointError(f"{stage}, step {step}: {', '.join(bad)} not finite")
+
+    def write_json(self, name: str, obj: Any) -> pathlib.Path:
+        write_json(self.path / name, obj)
+        return self.path / name
+
+    def finish(self, status: str = "finished") -> None:
+        """Write how the run ended and let go of the directory."""
+        self._events.close()
+        self._metrics.close()
+        seconds = round(time.time() - self._start, 1)
+        self.write_json("status.json", {"status": status, "seconds": seconds, "ended": _now()})
+        self._lock.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        ending = "finished" if error is None else "interrupted" if kind is KeyboardInterrupt else f"failed: {error!r}"
+        self.finish(ending)
+
+
+def read_metrics(path: str | os.PathLike, stage: str) -> dict[str, np.ndarray]:
+    """One stage of a metrics.jsonl as a history: `{"step": [N], metric: [N]}` float64, NaN where a step lacks it."""
+    lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    lines = sorted((line for line in lines if line["stage"] == stage), key=lambda line: line["step"])
+    names = dict.fromkeys(name for line in lines for name in line if name not in ("stage", "nonfinite"))
+    if not lines:
+        raise ValueError(f"{path} has no stage {stage!r}")
+    return {name: np.array([line.get(name) for line in lines], float) for name in names}
+
+
+def _claim(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:
+    path = root / name
+    if resume:
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"{path} holds no run to resume: start it without --resume")
+        return path
+    path.mkdir(exist_ok=True)
+    if any(path.iterdir()):
+        raise FileExistsError(f"{path} already holds a run: choose another name with --name, or continue with --resume")
+    return path
+
+
+def _claim_next(root: pathlib.Path, stem: str) -> pathlib.Path:
+    while True:
+        try:
+            path = root / next_name(root, stem)
+            path.mkdir()
+            return path
+        except FileExistsError:  # another process took that name in between
+            continue
+
+
+def _lock(path: pathlib.Path):
+    """An open file that holds the directory; the kernel lets go when the process ends, however it ends."""
+    file = open(path / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise BlockingIOError(f"{path} is in use by process {holder}: choose another name with --name") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _check_same_config(path: pathlib.Path, config: Mapping, digest: str) -> None:
+    stored = json.loads((path / "config.json").read_text())
+    if stored["config_hash"] == digest:
+        return
+    old, new = stored["config"], config
+    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    raise ValueError(
+        f"{path} was started with another config ({'; '.join(changed) or 'same values, other code'}), so it cannot be "
+        "resumed: choose another name with --name"
+    )
+
+
+def _read_logged(path: pathlib.Path) -> set[tuple[str, int]]:
+    """The (stage, step) pairs already written. A last line cut off by a kill is removed."""
+    if not path.exists():
+        return set()
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {(line["stage"], line["step"]) for line in lines}
+
+
+def _scalar(name: str, value: Any) -> float:
+    if np.ndim(value) or isinstance(value, str | bytes):
+        raise TypeError(f"metric {name} must be one number, got {type(value).__name__} of shape {np.shape(value)}")
+    return float(value)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+class _Lines:
+    """A stream for tqdm that is no terminal: a line for each refresh instead of a carriage return."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text := text.replace("\r", "").rstrip():
+            self.stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+class progress(tqdm.tqdm):
+    """tqdm that also reads well in a log: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, iterable: Iterable, desc: str, total: int | None = None, unit: str = "steps"):
+        terminal = sys.stderr.isatty()
+        style = {} if terminal else {
+            "file": _Lines(sys.stderr),
+            "mininterval": 10.0,
+            "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
+        }  # fmt: skip
+        super().__init__(iterable, desc, total, unit=unit, dynamic_ncols=terminal, **style)
+
+    def set_postfix(self, ordered_dict=None, refresh: bool = False, **values) -> None:
+        """Show `values` behind the bar, from its next refresh on."""
+        super().set_postfix(ordered_dict, refresh, **values)

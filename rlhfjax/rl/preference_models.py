@@ -1,0 +1,55 @@
+"""Reward and cost models: losses over `PreferenceBatch` for `make_fit_step`, and scoring."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhfjax import losses
+from rlhfjax.models.transformer import Model, score
+from rlhfjax.types import Params, PreferenceBatch, join
+
+
+def pair_scores(model: Model, params: Params, batch: PreferenceBatch) -> jax.Array:
+    """Scores of both responses of every pair, `[N, 2]`, from one forward pass of `2 N` rows."""
+    beside = lambda x: jnp.repeat(x[:, None], 2, axis=1)
+    tokens, mask = join(beside(batch.prompts), beside(batch.prompt_mask), batch.responses, batch.responses_mask)
+    flat = score(model)(params, tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
+    return flat.reshape(tokens.shape[:2])
+
+
+def make_reward_loss(model: Model, *, regularization_coef: float = 1e-3):
+    """`loss_fn(params, batch)`: Bradley-Terry on `prefs` plus `regularization_coef` x mean squared score.
+
+    Safe RLHF's reward model (2310.12773; the regulariser and its 1e-3 are the public code's). Trained on harm
+    comparisons it is the *pairwise-only* cost model, whose zero means nothing.
+    """
+
+    def loss_fn(params: Params, batch: PreferenceBatch):
+        scores = pair_scores(model, params, batch)
+        loss = losses.soft_bradley_terry_loss(scores[:, 0], scores[:, 1], batch.prefs)
+        accuracy = jnp.mean((scores[:, 0] > scores[:, 1]) == (batch.prefs > 0.5))
+        total = jnp.mean(loss) + regularization_coef * jnp.mean(losses.score_regularization(scores))
+        return total, {"accuracy": accuracy}
+
+    return loss_fn
+
+
+def make_cost_loss(model: Model, *, regularization_coef: float = 1e-3):
+    """`loss_fn(params, batch)`: Safe RLHF's cost loss (ranking and sign terms) plus the score regulariser.
+
+    Needs `batch.signs` (+1 = harmful). `prefs` is P(first more harmful), so a higher score is a higher cost.
+    """
+
+    def loss_fn(params: Params, batch: PreferenceBatch):
+        if batch.signs is None:
+            raise ValueError("the cost loss needs PreferenceBatch.signs (+1 harmful, -1 harmless); "
+                             "without them use make_reward_loss, whose zero carries no meaning")
+        scores = pair_scores(model, params, batch)
+        loss = losses.cost_loss(scores[:, 0], scores[:, 1], batch.prefs, batch.signs)
+        metrics = {
+            "accuracy": jnp.mean((scores[:, 0] > scores[:, 1]) == (batch.prefs > 0.5)),
+            "sign_accuracy": jnp.mean((scores > 0) == (batch.signs > 0)),
+        }
+        total = jnp.mean(loss) + regularization_coef * jnp.mean(losses.score_regularization(scores))
+        return total, metrics
+
+    return loss_fn
