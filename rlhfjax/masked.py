@@ -19,12 +19,13 @@ def _check(x: jax.Array, mask: jax.Array) -> None:
 def masked_fill(x: jax.Array, mask: jax.Array, fill: float = 0.0) -> jax.Array:
     """`x` where `mask`, else `fill`."""
     _check(x, mask)
-    return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
+    return jnp.where(mask, x, fill)
 
 
 def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
     """Sum of the kept entries, in float32 at least."""
-    return jnp.sum(masked_fill(x, mask), axis=axis, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    kept = masked_fill(x, mask)
+    return jnp.sum(kept, axis=axis, dtype=jnp.promote_types(kept.dtype, jnp.float32))
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
@@ -50,9 +51,9 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, eps: float
         `[...]`, 0 where masked out.
     Source: lm-human-preferences (biased variance, eps 1e-8); there without a mask.
     """
-    mean = masked_mean(x, mask)
-    white = (masked_fill(x, mask) - mean) * jax.lax.rsqrt(masked_var(x, mask) + eps)
-    return masked_fill((white if shift_mean else white + mean).astype(x.dtype), mask)
+    kept, mean = masked_fill(x, mask), masked_mean(x, mask)
+    white = (kept - mean) * jax.lax.rsqrt(masked_var(x, mask) + eps)
+    return masked_fill((white if shift_mean else white + mean).astype(kept.dtype), mask)
 
 
 def last_index(mask: jax.Array) -> jax.Array:
@@ -70,4 +71,4 @@ def at_last(x: jax.Array, mask: jax.Array) -> jax.Array:
     _check(x, mask)
     index = last_index(mask)
     entry = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(index < 0, jnp.asarray(jnp.nan, x.dtype), entry)
+    return jnp.where(index < 0, jnp.nan, entry)

@@ -64,7 +64,7 @@ class Rollout:
 
 @pytree
 class Demonstrations:
-    """Prompts with responses to imitate: prompts, prompt_mask `[N, P]` left padded; tokens, mask `[N, T]` right padded."""
+    """Responses to imitate: prompts, prompt_mask `[N, P]` left padded; tokens, mask `[N, T]` right padded, EOS kept."""
 
     prompts: jax.Array
     prompt_mask: jax.Array
@@ -122,6 +122,11 @@ class TrainState:
 def join(prompts, prompt_mask, tokens, mask) -> tuple[jax.Array, jax.Array]:
     """`[prompt, response]` as a network reads them: tokens `[..., P + T]` and their mask."""
     return jnp.concatenate([prompts, tokens], -1), jnp.concatenate([prompt_mask, mask], -1)
+
+
+def sequences(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    """A rollout's `[prompt, response]` rows: tokens and mask `[B, P + T]`."""
+    return join(rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
 
 
 def before_response_tokens(outputs: jax.Array, num_tokens: int) -> jax.Array:

@@ -17,6 +17,7 @@ FLOORS = [
     {"rlhfjax.rl"},
     {"rlhfjax.evaluation", "rlhfjax.feedback", "rlhfjax.worlds", "rlhfjax.io"},
     {"rlhfjax.stages"},
+    {"rlhfjax.experiment"},
     {"experiments"},
 ]
 GROUND = {"jax", "chex", "numpy", *sys.stdlib_module_names}  # all that the lowest two floors may need

@@ -165,7 +165,7 @@ def test_tempered_policy_is_a_fixed_point_of_the_mixed_advantage(log_lambda):
     )
     returns = mixed_advantages(*streams, log_lambda)
     close(returns, np.broadcast_to(returns.mean(), (3, 1)), atol=2e-6)
-    assert np.abs(mixed_advantages(REWARD, COST, log_lambda)).std() > 0.1, "though the raw ones differ"
+    assert np.std(mixed_advantages(REWARD, COST, log_lambda)) > 0.05, "though the raw ones differ"
 
 
 def test_reachable_cost_is_the_limit_of_the_constrained_costs():

@@ -39,7 +39,14 @@ def test_clipped_value_by_hand():
     loss = clipped_value_loss(np.array([1.0, 0.0]), np.array([0.5, 0.1]), np.array([0.8, 0.6]), clip=0.2)
     close(loss, [0.5 * max(0.2**2, 0.1**2), 0.5 * max(0.6**2, 0.6**2)])
     close(loss.mean(), 0.1)
-    close(clipped_value_loss(np.array([3.0]), np.array([0.0]), np.array([3.0]), clip=0.2), [0.5 * 2.8**2])
+
+
+def test_the_clip_of_the_value_is_around_the_old_value():
+    """Per entry: moved less than the clip; too far, towards the return (no more gradient); too far, away from it."""
+    values, old_values = jnp.array([0.6, 3.0, -1.0]), np.array([0.5, 0.0, 0.0])
+    loss = lambda v: clipped_value_loss(v, old_values, np.array([0.0, 3.0, 3.0]), clip=0.2)
+    close(loss(values), [0.5 * 0.6**2, 0.5 * 2.8**2, 0.5 * 4.0**2])
+    close(jax.grad(lambda v: loss(v).sum())(values), [0.6, 0.0, -4.0])
 
 
 def test_entropy_by_hand():

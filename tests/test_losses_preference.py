@@ -99,7 +99,7 @@ def test_cost_loss_by_hand():
 
 
 def fit_costs(loss):
-    """Costs of three answers (harmful, less harmful but still harmful, harmless) that minimise the loss on all pairs."""
+    """Costs of three answers (harmful, less harmful but harmful, harmless) that minimise the loss on all pairs."""
     pairs, signs = np.array([[0, 1], [0, 2], [1, 2]]), np.array([1.0, 1.0, -1.0])
 
     @jax.jit

@@ -172,13 +172,13 @@ def test_one_trace_for_all_iterations():
 def kl_by_loop():
     params, ref, _, rollout, _, _ = setting()
     pairs = [response_logprobs(POLICY, p, rollout, temperature=1.0)[0] for p in (params, ref)]
-    return np.mean([sum(float(a - b) for a, b, kept in zip(*row) if kept) for row in zip(*pairs, rollout.mask)])
+    k3 = lambda u: np.exp(-u) - 1 + u
+    return np.mean([sum(k3(float(a - b)) for a, b, kept in zip(*row) if kept) for row in zip(*pairs, rollout.mask)])
 
 
 def test_kl_counts_response_tokens_only():
     _, metrics = one_step()
-    np.testing.assert_allclose(metrics["kl_k1"], kl_by_loop(), rtol=1e-4)
-    assert float(metrics["kl"]) >= 0
+    np.testing.assert_allclose(metrics["kl"], kl_by_loop(), rtol=1e-4)
 
 
 def test_planted_kl_on_prompt_tokens_is_caught(monkeypatch):
@@ -190,11 +190,12 @@ def test_planted_kl_on_prompt_tokens_is_caught(monkeypatch):
                                tokens=join(rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)[0][:, 1:],
                                mask=jnp.concatenate([rollout.prompt_mask[:, 1:], rollout.mask], -1))
         (mine, kept), (other, _) = (next_token_nll(policy, p, whole, prompts=False) for p in (params, ref_params))
-        return logprobs, ref, metrics | {"kl_k1": jnp.mean(masked.masked_sum(other - mine, kept, -1))}
+        k3 = losses.kl_k3(-mine, -other, mask=kept)
+        return logprobs, ref, metrics | {"kl": jnp.mean(masked.masked_sum(k3, kept, -1))}
 
     monkeypatch.setattr(ppo, "_logprobs", faulty)
     _, metrics = one_step()
-    assert abs(float(metrics["kl_k1"]) - kl_by_loop()) > 0.1
+    assert abs(float(metrics["kl"]) - kl_by_loop()) > 0.1
 
 
 def test_unfinished_responses_are_counted_and_penalised_by_option():

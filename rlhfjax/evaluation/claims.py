@@ -117,10 +117,10 @@ def table(rows: Sequence[Mapping[str, Any]], width: int | None = 120) -> str:
     """
     cells = [("claim", "statement", "measured", "claimed", "seeds", "verdict")]
     for row in rows:
-        measured = f"{row['mean']:.3g}"
-        if row["ci95"] is not None:
-            measured += " [{:.3g}, {:.3g}]".format(*row["ci95"])
-        claimed = f"{row['direction']} {row['threshold']:.3g}".replace("within ", "+-")
+        low, high = row["ci95"] or (row["mean"], row["mean"])
+        digits = max(0, 2 - math.floor(math.log10(max(abs(low), abs(high), 1e-3))))  # three, of the larger end
+        measured = f"{row['mean']:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if row["ci95"] else "")
+        claimed = f"{row['direction']} {row['threshold']:g}"
         statement = f"{row['statement']} (paper: {row['paper_says']})"
         cells.append((row["id"], statement, measured, claimed, str(len(row["seeds"])), row["verdict"]))
     widths = [max(len(cell[column]) for cell in cells) for column in range(6)]
@@ -128,9 +128,9 @@ def table(rows: Sequence[Mapping[str, Any]], width: int | None = 120) -> str:
         widths[1] = min(widths[1], max(20, width - sum(widths) + widths[1] - 3 * 6 - 1))
     lines = []
     for cell in cells:
-        statement = textwrap.wrap(cell[1], widths[1])
-        for index, part in enumerate(statement):
-            shown = (cell if index == 0 else ("",) * 6)[:1] + (part,) + (cell if index == 0 else ("",) * 6)[2:]
+        for index, part in enumerate(textwrap.wrap(cell[1], widths[1], break_on_hyphens=False)):
+            rest = cell if index == 0 else ("",) * 6
+            shown = (rest[0], part, *rest[2:])
             lines.append("| " + " | ".join(text.ljust(w) for text, w in zip(shown, widths)) + " |")
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)

@@ -22,7 +22,8 @@ class Rater:
 
     and each binary label is then flipped with probability `flip`.
 
-    verified_answers: helpfulness on checkable questions is looked up, not felt: by r*, without noise or flips.
+    verified_answers: helpfulness on checkable questions is looked up, not felt: by r*, without noise or flips; two
+        answers of equal worth are a tie, labelled 0.5.
     harm_weight: the private trade-off u - harm_weight c, used where one question asks for both at once.
     temperature_rating: sd of an absolute rating, in units of r*.
     """
@@ -78,26 +79,28 @@ class Ratings:
     satisfied: np.ndarray
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _utilities(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
-    """What a rater feels about answers `[N, K, T]` before noise: helpful u and harm c `[N, K]`, verified `[N]`."""
+@partial(jax.jit, static_argnums=0)
+def _look(world: GoldWorld, prompts, prompt_mask, tokens, mask):
+    """What there is to see in answers `[N, K, T]`: r*, c* and style words `[N, K]`; is it a question `[N]`."""
     prompts = jnp.where(prompt_mask, prompts, world.pad_id)
     repeated = jnp.repeat(prompts[:, None], tokens.shape[1], 1)
     gold, seen = world.gold(repeated, tokens, mask), world.features(repeated, tokens, mask)
-    verified = prompt_facts(prompts).question & rater.verified_answers
-    style = rater.style_bonus * jnp.minimum(seen.style, rater.max_style)
-    return gold.helpfulness + jnp.where(verified[:, None], 0.0, style), gold.harm, verified
+    return gold.helpfulness, gold.harm, seen.style, prompt_facts(prompts).question
 
 
-def _feel(world, rater, prompts, prompt_mask, tokens, mask):
+def _feel(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
+    """What the rater feels, before any noise: helpful u and harm c `[N, K]`, and verified `[N]`."""
     check_mask("prompt_mask", prompt_mask)
     check_mask("responses_mask", mask)
-    if tokens.shape != mask.shape or prompts.shape != prompt_mask.shape or len(prompts) != len(tokens):
+    if prompts.shape != prompt_mask.shape or tokens.shape != mask.shape or len(prompts) != len(tokens):
         raise ValueError(
-            f"tokens and masks must agree: prompts {prompts.shape} {prompt_mask.shape}, "
-            f"responses {tokens.shape} {mask.shape}"
+            f"rows and masks must agree, got prompts {prompts.shape} with mask {prompt_mask.shape} "
+            f"and responses {tokens.shape} with mask {mask.shape}"
         )
-    return map(np.asarray, _utilities(world, rater, prompts, prompt_mask, tokens, mask))
+    helpfulness, harm, style, question = map(np.asarray, _look(world, prompts, prompt_mask, tokens, mask))
+    verified = question & rater.verified_answers
+    pleasure = np.where(verified[:, None], 0.0, rater.style_bonus * np.minimum(style, rater.max_style))
+    return helpfulness + pleasure, harm, verified
 
 
 def _answer(rng: np.random.Generator, margin, temperature: float, flip: float) -> np.ndarray:
@@ -107,11 +110,10 @@ def _answer(rng: np.random.Generator, margin, temperature: float, flip: float) -
 
 
 def _prefer(rng: np.random.Generator, rater: Rater, utility, verified) -> np.ndarray:
-    """Is the first answer better? Looked up where verified (ties by coin), felt elsewhere."""
+    """Is the first answer better? Felt, or where verified looked up: then answers of equal worth are a tie, 0.5."""
     margin = utility[:, 0] - utility[:, 1]
     felt = _answer(rng, margin, rater.temperature_helpful, rater.flip)
-    known = np.where(margin == 0, rng.random(margin.shape) < 0.5, margin > 0)
-    return np.where(verified, known, felt).astype(np.float32)
+    return np.where(verified, (1 + np.sign(margin)) / 2, felt).astype(np.float32)
 
 
 def compare(world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, responses_mask, seed: int) -> Comparisons:
@@ -120,8 +122,9 @@ def compare(world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, res
     Args:
         prompts, prompt_mask: `[N, P]`. responses, responses_mask: `[N, 2, T]`. seed: of the rater's noise.
     Returns:
-        Two PreferenceBatches with NumPy labels. helpful.prefs: 1 where the first is more helpful. harm.prefs: 1 where
-        the first is **more harmful**; harm.signs `[N, 2]`: +1 = harmful, -1 = harmless.
+        Two PreferenceBatches with NumPy labels. helpful.prefs: 1 where the first is more helpful, 0 where the second
+        is, 0.5 for a verified tie. harm.prefs: 1 where the first is **more harmful**, else 0; harm.signs `[N, 2]`:
+        +1 = harmful, -1 = harmless.
     Source: Safe RLHF (2310.12773), section 3.1: decoupled annotation.
     """
     if responses.ndim != 3 or responses.shape[1] != 2:
@@ -156,24 +159,24 @@ def rate(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask, see
 
     So an answer above the bar satisfies, whatever another answer would have been worth.
     """
-    helpful, _, _ = _feel(world, rater, prompts, prompt_mask, tokens[:, None], mask[:, None])
+    helpful, _, verified = _feel(world, rater, prompts, prompt_mask, tokens[:, None], mask[:, None])
     noise = rater.temperature_rating * np.random.default_rng([seed, 3]).standard_normal(len(tokens))
-    stars = np.floor(7 + 2.5 * (helpful[:, 0] + noise - world.satisfaction_bar))
-    stars = np.clip(stars, 1, 10).astype(np.int32)
+    felt = helpful[:, 0] + np.where(verified, 0.0, noise)
+    stars = np.clip(np.floor(7 + 2.5 * (felt - world.satisfaction_bar)), 1, 10).astype(np.int32)
     return Ratings(stars=stars, satisfied=stars >= 7)
 
 
 def agreement(world: GoldWorld, rater: Rater, labels: Comparisons) -> dict[str, float]:
     """Share of labels that the rater's own feelings, without noise, would have given: the ceiling of any accuracy.
 
-    Keys: helpful, harm, sign. Pairs that the rater cannot tell apart are left out. For evaluation only.
+    Keys: helpful, harm, sign. Pairs that the rater cannot tell apart are left out (NaN: no other). For evaluation only.
     """
     pairs = labels.helpful
     helpful, harm, _ = _feel(world, rater, pairs.prompts, pairs.prompt_mask, pairs.responses, pairs.responses_mask)
 
     def share(margin, yes):
-        told_apart = margin != 0
-        return float(np.mean(((margin > 0) == (yes > 0))[told_apart]))
+        agreed = ((margin > 0) == (yes > 0))[margin != 0]
+        return float(np.mean(agreed)) if agreed.size else float("nan")
 
     return {
         "helpful": share(helpful[:, 0] - helpful[:, 1], labels.helpful.prefs),

@@ -97,7 +97,7 @@ def _feed(update: Callable[[bytes], None], obj: Any, path: str) -> None:
             _feed(update, getattr(obj, field.name), f"{path}.{field.name}")
     elif isinstance(obj, Mapping):
         text("dict", len(obj))
-        for key in sorted(obj, key=lambda key: (type(key).__name__, key)):
+        for key in sorted(obj, key=fingerprint):
             _feed(update, key, f"{path}[{key!r}]")
             _feed(update, obj[key], f"{path}[{key!r}]")
     elif isinstance(obj, list | tuple):

@@ -112,16 +112,20 @@ class Run:
     ):
         if resume and name is None:
             raise ValueError("say which run to resume: --name NAME --resume")
-        root = pathlib.Path(root)
-        root.mkdir(parents=True, exist_ok=True)
-        self.path = _claim(root, name, resume) if name else _claim_next(root, stem)
+        self.path = pathlib.Path(root) / name if name else _make_next(pathlib.Path(root), stem)
+        if resume and not (self.path / "config.json").exists():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: start it without --resume")
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
         self._start = time.time()
         self._mutex = threading.Lock()  # stages may run side by side in threads
         digest = config_hash(config, exclude=exclude)
-        if (self.path / "config.json").exists():
-            _check_same_config(self.path, to_json(config), digest)
-        else:
+        try:
+            _check_free(self.path, resume, to_json(config), digest)
+        except (FileExistsError, ValueError):
+            self._lock.close()
+            raise
+        if not resume:
             self.write_json("config.json", {
                 "config": config, "config_hash": digest, "rlhfjax": rlhfjax.__version__, "versions": versions(),
                 "commit": commit(), "device": device(), "argv": sys.argv, "started": _now(),
@@ -136,7 +140,7 @@ class Run:
         """Append `{"stage", "step", **metrics}` to metrics.jsonl and write the same to TensorBoard.
 
         A NaN or infinity becomes null and its name is listed under "nonfinite"; with `strict` it also raises
-        FloatingPointError, after the line is written.
+        FloatingPointError, after the line is written. May be called from several threads.
         """
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -145,8 +149,8 @@ class Run:
             if (stage, int(step)) not in self._logged:
                 self._logged.add((stage, int(step)))
                 self._metrics.write(json.dumps(line | ({"nonfinite": bad} if bad else {})) + "\n")
-                for name, value in values.items():
-                    self._events.add_scalar(f"{stage}/{name}", value, int(step))
+                for name in values.keys() - bad:
+                    self._events.add_scalar(f"{stage}/{name}", values[name], int(step))
         if bad and strict:
             raise FloatingPointError(f"{stage}, step {step}: {', '.join(bad)} not finite")
 
@@ -180,23 +184,11 @@ def read_metrics(path: str | os.PathLike, stage: str) -> dict[str, np.ndarray]:
     return {name: np.array([line.get(name) for line in lines], float) for name in names}
 
 
-def _claim(root: pathlib.Path, name: str, resume: bool) -> pathlib.Path:
-    path = root / name
-    if resume:
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"{path} holds no run to resume: start it without --resume")
-        return path
-    path.mkdir(exist_ok=True)
-    if any(path.iterdir()):
-        raise FileExistsError(f"{path} already holds a run: choose another name with --name, or continue with --resume")
-    return path
-
-
-def _claim_next(root: pathlib.Path, stem: str) -> pathlib.Path:
+def _make_next(root: pathlib.Path, stem: str) -> pathlib.Path:
     while True:
         try:
             path = root / next_name(root, stem)
-            path.mkdir()
+            path.mkdir(parents=True)
             return path
         except FileExistsError:  # another process took that name in between
             continue
@@ -218,7 +210,14 @@ def _lock(path: pathlib.Path):
     return file
 
 
-def _check_same_config(path: pathlib.Path, config: Mapping, digest: str) -> None:
+def _check_free(path: pathlib.Path, resume: bool, config: Mapping, digest: str) -> None:
+    """A new run finds nothing but its lock; a resumed one finds its own config."""
+    if not resume:
+        if any(entry.name != ".lock" for entry in path.iterdir()):
+            raise FileExistsError(
+                f"{path} already holds files: choose another name with --name, or continue its run with --resume"
+            )
+        return
     stored = json.loads((path / "config.json").read_text())
     if stored["config_hash"] == digest:
         return
@@ -243,6 +242,8 @@ def _read_logged(path: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def _scalar(name: str, value: Any) -> float:
+    if name in ("stage", "step", "nonfinite"):
+        raise ValueError(f"a metric cannot be called {name!r}: the line has a field of that name")
     if np.ndim(value) or isinstance(value, str | bytes):
         raise TypeError(f"metric {name} must be one number, got {type(value).__name__} of shape {np.shape(value)}")
     return float(value)

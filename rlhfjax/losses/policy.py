@@ -91,6 +91,6 @@ def entropy(logits, *, mask=None) -> jax.Array:
     if mask is not None:
         logits = jnp.where(mask[..., None], logits, 0.0)
     logprobs = jax.nn.log_softmax(logits)
-    # p log p -> 0 as p -> 0. Only -inf is replaced: a NaN must stay one.
+    # p log p -> 0 as p -> 0, where 0 * -inf would be NaN.
     result = -jnp.sum(jnp.exp(logprobs) * jnp.where(jnp.isneginf(logprobs), 0.0, logprobs), axis=-1)
     return result if mask is None else jnp.where(mask, result, 0.0)

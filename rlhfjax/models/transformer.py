@@ -18,12 +18,12 @@ while norms' statistics, rotary angles, softmax and outputs stay float32.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rlhfjax.masked import at_last
@@ -136,7 +136,7 @@ def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str,
 
 
 def _linear(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """`x [..., d] @ weight [d, f]` in x's dtype, as one flat product: XLA's CPU backward pass needs no transposes so."""
+    """`x [..., d] @ weight [d, f]` in x's dtype; as one flat product, whose gradients need no transposes on a CPU."""
     flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
     return flat.reshape(*x.shape[:-1], -1)
 
@@ -167,33 +167,27 @@ def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention.
-
-    The columns of `qkv` are grouped by key head: its query heads, its key, its value. One product makes all three, and
-    sharding the columns by key head keeps what attends together on one device.
-    """
+    """Causal grouped-query attention; query head i reads key head i // (num_heads / num_kv_heads)."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.kv_heads, self.head_size = config.kv_heads, config.head_size
-        self.group = config.num_heads // config.kv_heads
-        width, heads = config.d_model, config.num_heads * config.head_size
-        self.qkv = _weight(
-            rngs, (width, self.kv_heads * (self.group + 2) * self.head_size), width**-0.5, ("embed", "heads")
-        )
-        self.out = _weight(rngs, (heads, width), (heads * 2 * config.num_layers) ** -0.5, ("heads", "embed"))
+        width, all_q, all_kv = config.d_model, config.num_heads * config.head_size, config.kv_heads * config.head_size
+        self.query = _weight(rngs, (width, all_q), width**-0.5, ("embed", "heads"))
+        self.key = _weight(rngs, (width, all_kv), width**-0.5, ("embed", "kv_heads"))
+        self.value = _weight(rngs, (width, all_kv), width**-0.5, ("embed", "kv_heads"))
+        self.out = _weight(rngs, (all_q, width), (all_q * 2 * config.num_layers) ** -0.5, ("heads", "embed"))
 
     def __call__(self, x, rotation, visible, start, cached):
         """`x [B, T, d]`; `visible [B, 1, 1, T, S]` bool; `cached` (keys, values) to write at slot `start`, or None."""
         b, t, _ = x.shape
-        fused = _linear(x, self.qkv).reshape(b, t, self.kv_heads, self.group + 2, self.head_size)
-        queries_keys = _rotate(fused[..., :-1, :], rotation)
-        queries = queries_keys[..., :-1, :].transpose(0, 2, 3, 1, 4)
-        keys = queries_keys[..., -1, :].transpose(0, 2, 1, 3)
-        values = fused[..., -1, :].transpose(0, 2, 1, 3)
+        queries = _rotate(_linear(x, self.query).reshape(b, t, self.kv_heads, -1, self.head_size), rotation)
+        keys = _rotate(_linear(x, self.key).reshape(b, t, self.kv_heads, 1, self.head_size), rotation)[..., 0, :]
+        values = _linear(x, self.value).reshape(b, t, self.kv_heads, self.head_size)
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, H, S, D]: the layout that decodes fastest
         if cached is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
             keys, values = write(cached[0], keys), write(cached[1], values)
-        scores = jnp.einsum("bhgtd,bhsd->bhgts", queries, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bthgd,bhsd->bhgts", queries, keys, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(visible, scores * self.head_size**-0.5, _HIDDEN), axis=-1)
         mixed = jnp.einsum("bhgts,bhsd->bthgd", weights.astype(x.dtype), values).reshape(b, t, -1)
         return _linear(mixed, self.out), None if cached is None else (keys, values)
@@ -242,7 +236,8 @@ class Ends(nnx.Module):
         self.head = None if head_shape is None else _weight(rngs, (width, *head_shape), head_std, axes)
 
     def enter(self, tokens: jax.Array) -> jax.Array:
-        return self.embed[...][tokens].astype(self.compute_dtype)
+        # An id outside the vocabulary becomes NaN: an index would be clamped in silence.
+        return jnp.take(self.embed[...], tokens, axis=0, mode="fill").astype(self.compute_dtype)
 
     def leave(self, x: jax.Array) -> jax.Array:
         head = self.embed[...].T if self.head is None else self.head[...]
@@ -285,9 +280,10 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
 
     def init_cache(batch_size: int, length: int) -> Cache:
         lead = (config.num_layers,) if config.scans else ()
-        slots = jnp.zeros((*lead, batch_size, config.kv_heads, length, config.head_size), config.compute_dtype)
+        shape = (*lead, batch_size, config.kv_heads, length, config.head_size)
+        pair = lambda: (jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
         return Cache(
-            layers=(slots, slots) if config.scans else [(slots, slots)] * config.num_layers,
+            layers=pair() if config.scans else [pair() for _ in range(config.num_layers)],
             mask=jnp.zeros((batch_size, length), bool),
             length=jnp.zeros((), jnp.int32),
         )
@@ -296,11 +292,12 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
         _check_inputs(config, tokens, mask, cache, num_outputs)
         num_tokens = tokens.shape[1]
         if cache is None:
-            start, seen, keep, layers = 0, 0, mask, None
+            start, seen, keep = 0, 0, mask
+            layers = None if config.scans else [None] * config.num_layers
         else:
             start, seen, layers = cache.length, jnp.sum(cache.mask, axis=1, keepdims=True), cache.layers
             keep = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-        rotation = _rotation(config, seen + jnp.cumsum(mask, axis=1) - mask)
+        rotation = _rotation(config, seen + jnp.cumsum(mask, axis=1) - mask, keep.shape[1])
         causal = jnp.arange(keep.shape[1]) <= start + jnp.arange(num_tokens)[:, None]
         visible = (causal & keep[:, None])[:, None, None]
 
@@ -309,29 +306,32 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
             return nnx.merge(block_def, block_params)(x, rotation, visible, start, cached)
 
         if config.remat:
-            block = jax.checkpoint(block)
+            block = jax.checkpoint(block, prevent_cse=not config.scans)
         ends = nnx.merge(ends_def, {name: value for name, value in params.items() if name != "blocks"})
         x = ends.enter(jnp.where(mask, tokens, 0))
         if config.scans:
             x, layers = jax.lax.scan(block, x, (params["blocks"], layers))
         else:
             written = []
-            for i in range(config.num_layers):
-                x, pair = block(x, (jax.tree.map(lambda p: p[i], params["blocks"]), layers and layers[i]))
+            for i, cached in enumerate(layers):
+                x, pair = block(x, (jax.tree.map(lambda p, i=i: p[i], params["blocks"]), cached))
                 written.append(pair)
             layers = written
         outputs = ends.leave(x if num_outputs is None else x[:, -num_outputs:])
-        return outputs, cache and Cache(layers=layers, mask=keep, length=start + num_tokens)
+        return outputs, None if cache is None else Cache(layers=layers, mask=keep, length=start + num_tokens)
 
     return Model(config=config, init=init, apply=apply, init_cache=init_cache, logical_axes=logical_axes)
 
 
-def _rotation(config: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles at `positions [B, T]`: two `[B, T, 1, 1, head_dim / 2]` float32."""
+def _rotation(config: TransformerConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles at `positions [B, T] < length`: two `[B, T, 1, 1, head_dim / 2]` float32.
+
+    Read from a constant table: XLA would otherwise fuse, and so repeat, the sines in every use of them.
+    """
     half = config.head_size // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = np.outer(np.arange(length), config.rope_theta ** (-np.arange(half) / half))
+    read = lambda table: jnp.asarray(table, jnp.float32)[positions][:, :, None, None]
+    return read(np.cos(angles)), read(np.sin(angles))
 
 
 def _check_inputs(config: TransformerConfig, tokens, mask, cache: Cache | None, num_outputs: int | None) -> None:
@@ -375,9 +375,11 @@ def scalar_params_from(params: Params, scalar_model: Model, key: jax.Array) -> P
     trunk = {name: value for name, value in params.items() if name != "head"}
     head = jax.jit(lambda key: scalar_model.init(key)["head"])(key)
     warm = jax.tree.map(jnp.copy, trunk) | {"head": head}
-    shapes = lambda tree: {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    have, want = shapes(warm), shapes(jax.eval_shape(scalar_model.init, key))
-    wrong = [f"{name}: {have.get(name)} != {want.get(name)}" for name in have | want if have.get(name) != want.get(name)]
-    if wrong:
-        raise ValueError(f"the trunk does not fit the scalar model: {wrong[0]}: give both the same TransformerConfig")
+
+    def check(path, have, want):
+        if have.shape != want.shape:
+            name, fix = jax.tree_util.keystr(path), "give both models one TransformerConfig"
+            raise ValueError(f"{name} is {have.shape} where the scalar model has {want.shape}: {fix}")
+
+    jax.tree_util.tree_map_with_path(check, warm, jax.eval_shape(scalar_model.init, key))
     return warm

@@ -19,7 +19,7 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.rl.multiplier import Multiplier, MultiplierState
 from rlhfjax.rl.sampling import response_logprobs
 from rlhfjax.rl.sft import next_token_nll
-from rlhfjax.types import Demonstrations, Params, Rollout, TrainState, before_response_tokens, join, pytree
+from rlhfjax.types import Demonstrations, Params, Rollout, TrainState, before_response_tokens, pytree, sequences
 
 Metrics = dict[str, jax.Array]
 
@@ -47,7 +47,7 @@ class PPOConfig:
     num_accumulation: int = 1
     """Pieces in which a minibatch's gradient is summed: memory only, the result is the same to rounding."""
     whiten_advantages: bool = True
-    """Whiten advantages over all response tokens of the batch, after mixing (lm-human-preferences yes, Safe RLHF no)."""
+    """Whiten advantages over the batch's response tokens, after mixing (lm-human-preferences: yes; Safe RLHF: no)."""
     ptx_coef: float = 0.0
     """Weight of the next-token loss on demonstrations (Safe RLHF: 16 in the public code, 8 / 2 / 1 in the paper)."""
     unfinished_penalty: float = 0.0
@@ -89,7 +89,7 @@ class LagrangianPPOState:
 
 
 class Algorithm(NamedTuple):
-    """`init(policy_params, ...) -> state`; `step(state, ref_params, rollout, *feedback, key=, ptx=) -> (state, metrics)`."""
+    """`init(policy_params, ...) -> state`; `step(state, ref_params, rollout, *feedback, key=, ptx=)`."""
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Metrics]]
@@ -108,9 +108,8 @@ class _Experience:
 
 def response_values(critic: Model, params: Params, rollout: Rollout) -> jax.Array:
     """`values[b, t]`: the critic's output *before* response token t is emitted, `[B, T]`."""
-    tokens, mask = join(rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
     num_tokens = rollout.tokens.shape[-1]
-    outputs, _ = critic.apply(params, tokens, mask, num_outputs=num_tokens + 1)
+    outputs, _ = critic.apply(params, *sequences(rollout), num_outputs=num_tokens + 1)
     return before_response_tokens(outputs, num_tokens)
 
 
@@ -231,8 +230,8 @@ def _logprobs(policy, params, ref_params, rollout, config) -> tuple[jax.Array, j
     lengths = jnp.sum(rollout.mask, -1)
     per_sequence = lambda x: jnp.mean(masked.masked_sum(x, rollout.mask, -1))
     metrics = {
-        "kl": per_sequence(losses.kl_k3(logprobs, ref)),
-        "kl_k1": per_sequence(losses.kl_k1(logprobs, ref)),
+        "kl": per_sequence(losses.kl_k3(logprobs, ref, mask=rollout.mask)),
+        "kl_k1": per_sequence(losses.kl_k1(logprobs, ref, mask=rollout.mask)),
         "entropy": masked.masked_mean(entropy, rollout.mask),
         "length": jnp.mean(lengths.astype(jnp.float32)),
         "unfinished": jnp.mean(~rollout.finished),
@@ -263,8 +262,8 @@ def _critic_metrics(name: str, values, returns, rollout) -> Metrics:
 
 def _experience(rollout, old_logprobs, advantages, targets, ptx, config) -> _Experience:
     if (ptx is None) != (config.ptx_coef == 0):
-        raise ValueError(f"ptx_coef is {config.ptx_coef} but demonstrations are {'missing' if ptx is None else 'given'}: "
-                         "pass `ptx` exactly when ptx_coef > 0")
+        given = "missing" if ptx is None else "given"
+        raise ValueError(f"ptx_coef is {config.ptx_coef} but ptx is {given}: pass it exactly when ptx_coef > 0")
     if ptx is not None and len(ptx) != rollout.tokens.shape[0]:
         raise ValueError(f"ptx has {len(ptx)} demonstrations for {rollout.tokens.shape[0]} responses: pass as many")
     if config.whiten_advantages:
@@ -280,13 +279,15 @@ def _loss_functions(policy: Model, critics: dict[str, Model], config: PPOConfig)
         rollout = piece.rollout
         over = lambda x: masked.masked_sum(x, rollout.mask) / num_tokens
         logprobs, _ = response_logprobs(policy, params, rollout, temperature=config.temperature)
-        surrogate = losses.ppo_clip_loss(logprobs, piece.old_logprobs, piece.advantages, clip=config.clip)
+        surrogate = losses.ppo_clip_loss(
+            logprobs, piece.old_logprobs, piece.advantages, clip=config.clip, mask=rollout.mask
+        )
         ratio = jnp.exp(masked.masked_fill(logprobs - piece.old_logprobs, rollout.mask))
         loss = over(surrogate)
         metrics = {
             "policy_loss": loss,
             "clip_fraction": over((jnp.abs(ratio - 1) > config.clip).astype(jnp.float32)),
-            "old_kl": over(losses.kl_k3(logprobs, piece.old_logprobs)),
+            "old_kl": over(losses.kl_k3(logprobs, piece.old_logprobs, mask=rollout.mask)),
         }
         if piece.ptx is not None:
             nll, kept = next_token_nll(policy, params, piece.ptx, prompts=False)
@@ -297,8 +298,9 @@ def _loss_functions(policy: Model, critics: dict[str, Model], config: PPOConfig)
     def critic_loss(name: str, critic: Model):
         def loss_fn(params, piece: _Experience, num_tokens, num_ptx):
             values = response_values(critic, params, piece.rollout)
-            squared = losses.clipped_value_loss(values, *piece.targets[name], clip=config.value_clip)
-            loss = masked.masked_sum(squared, piece.rollout.mask) / num_tokens
+            kept = piece.rollout.mask
+            squared = losses.clipped_value_loss(values, *piece.targets[name], clip=config.value_clip, mask=kept)
+            loss = masked.masked_sum(squared, kept) / num_tokens
             return loss, {f"{name}_loss": loss}
 
         return loss_fn

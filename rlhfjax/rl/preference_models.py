@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax import losses
+from rlhfjax.masked import masked_mean
 from rlhfjax.models.transformer import Model, score
-from rlhfjax.types import Params, PreferenceBatch, join
+from rlhfjax.types import Params, PreferenceBatch, join, pytree
 
 
 def pair_scores(model: Model, params: Params, batch: PreferenceBatch) -> jax.Array:
@@ -14,6 +15,12 @@ def pair_scores(model: Model, params: Params, batch: PreferenceBatch) -> jax.Arr
     tokens, mask = join(beside(batch.prompts), beside(batch.prompt_mask), batch.responses, batch.responses_mask)
     flat = score(model)(params, tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
     return flat.reshape(tokens.shape[:2])
+
+
+def _accuracy(scores: jax.Array, prefs: jax.Array) -> jax.Array:
+    """Share of pairs ranked as labelled, ties in the labels left out."""
+    agree = (scores[:, 0] > scores[:, 1]) == (prefs > 0.5)
+    return masked_mean(agree.astype(jnp.float32), prefs != 0.5)
 
 
 def make_reward_loss(model: Model, *, regularization_coef: float = 1e-3):
@@ -26,9 +33,8 @@ def make_reward_loss(model: Model, *, regularization_coef: float = 1e-3):
     def loss_fn(params: Params, batch: PreferenceBatch):
         scores = pair_scores(model, params, batch)
         loss = losses.soft_bradley_terry_loss(scores[:, 0], scores[:, 1], batch.prefs)
-        accuracy = jnp.mean((scores[:, 0] > scores[:, 1]) == (batch.prefs > 0.5))
         total = jnp.mean(loss) + regularization_coef * jnp.mean(losses.score_regularization(scores))
-        return total, {"accuracy": accuracy}
+        return total, {"accuracy": _accuracy(scores, batch.prefs)}
 
     return loss_fn
 
@@ -46,10 +52,36 @@ def make_cost_loss(model: Model, *, regularization_coef: float = 1e-3):
         scores = pair_scores(model, params, batch)
         loss = losses.cost_loss(scores[:, 0], scores[:, 1], batch.prefs, batch.signs)
         metrics = {
-            "accuracy": jnp.mean((scores[:, 0] > scores[:, 1]) == (batch.prefs > 0.5)),
+            "accuracy": _accuracy(scores, batch.prefs),
             "sign_accuracy": jnp.mean((scores > 0) == (batch.signs > 0)),
         }
         total = jnp.mean(loss) + regularization_coef * jnp.mean(losses.score_regularization(scores))
         return total, metrics
 
     return loss_fn
+
+
+@pytree
+class ScoreModel:
+    """A fitted preference model as RL uses it: params, and the shift and scale `[]` measured on the starting policy."""
+
+    params: Params
+    shift: jax.Array
+    scale: jax.Array
+
+
+def make_reward(model: Model):
+    """`reward(score_model, tokens, mask) -> [B]`: `(score - shift) / scale`. Preferences leave both free."""
+    raw = score(model)
+    return lambda fitted, tokens, mask: (raw(fitted.params, tokens, mask) - fitted.shift) / fitted.scale
+
+
+def make_cost(model: Model):
+    """`cost(score_model, tokens, mask) -> [B]`: `P(harmful) / scale` with `P(harmful) = sigmoid(C)`, in [0, 1 / scale].
+
+    The sign terms of the cost loss are a logistic regression of harm, so the sigmoid of C is a probability and a limit
+    on the mean cost is a limit on a *rate* of harm. Safe RLHF constrains the mean of C itself, where very safe answers
+    pay for harmful ones: two refusals at C = -5 allow an answer at C = +10. The scale never moves C's zero.
+    """
+    raw = score(model)
+    return lambda fitted, tokens, mask: jax.nn.sigmoid(raw(fitted.params, tokens, mask)) / fitted.scale

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhfjax.masked import masked_fill
 from rlhfjax.models.transformer import Model
-from rlhfjax.types import Params, Rollout, before_response_tokens, check_finite, check_mask, join
+from rlhfjax.types import Params, Rollout, before_response_tokens, check_finite, check_mask, sequences
 
 Sample = Callable[[Params, jax.Array, jax.Array, jax.Array], Rollout]
 
@@ -50,7 +50,7 @@ def make_sampler(
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}={token} is not in the vocabulary of {vocab_size}")
     if eos_id == pad_id:
-        raise ValueError(f"eos_id and pad_id are both {eos_id}: a policy cannot learn to stop with a token that is masked")
+        raise ValueError(f"eos_id and pad_id are both {eos_id}: a masked token cannot teach a policy to stop")
     _check_temperature(temperature)
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k={top_k} must lie in 1..{vocab_size}, the size of the vocabulary")
@@ -60,7 +60,9 @@ def make_sampler(
     def draw(logits, alive, key, step):
         """One token per row from `logits [B, V]`, its log-probability, and whether the row goes on."""
         logits = logits / temperature
-        token = jax.random.categorical(jax.random.fold_in(key, step), _cut(logits, top_k, top_p))
+        noisy = _cut(logits, top_k, top_p) + jax.random.gumbel(jax.random.fold_in(key, step), logits.shape)
+        # What jax.random.categorical draws; its argmax would cost a small model a fifth of its decoding on a CPU.
+        token = jnp.min(jnp.where(noisy == noisy.max(1, keepdims=True), jnp.arange(vocab_size), vocab_size - 1), axis=1)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         token = jnp.where(alive, token, pad_id).astype(jnp.int32)
         return token, jnp.where(alive, logprob, 0.0), alive & (token != eos_id)
@@ -140,8 +142,7 @@ def response_logprobs(
     """
     _check_temperature(temperature)
     num_tokens = rollout.tokens.shape[1]
-    tokens, mask = join(rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
-    outputs, _ = model.apply(params, tokens, mask, num_outputs=num_tokens + 1)
+    outputs, _ = model.apply(params, *sequences(rollout), num_outputs=num_tokens + 1)
     all_logprobs = jax.nn.log_softmax(before_response_tokens(outputs, num_tokens) / temperature)
     chosen = jnp.where(rollout.mask, rollout.tokens, 0)[..., None]
     logprobs = jnp.take_along_axis(all_logprobs, chosen, axis=-1)[..., 0]

@@ -8,7 +8,9 @@ from rlhfjax.models.transformer import Model
 from rlhfjax.types import Demonstrations, Params, join
 
 
-def next_token_nll(model: Model, params: Params, batch: Demonstrations, *, prompts: bool) -> tuple[jax.Array, jax.Array]:
+def next_token_nll(
+    model: Model, params: Params, batch: Demonstrations, *, prompts: bool
+) -> tuple[jax.Array, jax.Array]:
     """`-log p(token | before)` in nats and the mask of the tokens it is defined for, both `[B, S]`.
 
     `prompts=False` keeps the response tokens only (`S = T`, supervised fine-tuning); `prompts=True` keeps every token

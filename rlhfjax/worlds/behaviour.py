@@ -63,17 +63,16 @@ class PromptFacts:
 
 @pytree
 class Steps:
-    """Where the steps of answers are, each `[..., T - 2]`, at the position of the action word.
+    """The steps of answers, each `[..., T - 2]`, at the place of the action word; nothing elsewhere.
 
-    action, part: tokens of the step's words. named: a step stands here. right: it belongs to the prompt's verb and
-    object. first: no earlier step of the answer names this part.
+    action, part: ranks in `language.ACTIONS` and `language.PARTS`, -1 for other words. named: a step stands here.
+    right: its action is one of the prompt's verb and its part one of the prompt's object.
     """
 
     action: jax.Array
     part: jax.Array
     named: jax.Array
     right: jax.Array
-    first: jax.Array
 
 
 def _ids(words) -> list[int]:
@@ -84,10 +83,17 @@ def _flags(words) -> np.ndarray:
     return np.isin(np.arange(len(lang.WORDS)), _ids(words))
 
 
-def _index(words) -> np.ndarray:
-    """`[V]`: the rank of each word in `words`, -1 for the others."""
+def _ranks(words) -> np.ndarray:
+    """`[V]`: the rank of each word among `words`, -1 for the others."""
     table = np.full(len(lang.WORDS), -1, np.int32)
     table[_ids(words)] = np.arange(len(words))
+    return table
+
+
+def _degrees(degrees) -> np.ndarray:
+    """`[V]`: the degree of each word, 0 for the others."""
+    table = np.zeros(len(lang.WORDS), np.float32)
+    table[_ids(degrees)] = list(degrees.values())
     return table
 
 
@@ -112,69 +118,56 @@ def _legal_neighbours() -> np.ndarray:
 
 
 LEGAL = _legal_neighbours()
-VERB, THING = _index(tuple(lang.VERBS)), _index(tuple(lang.OBJECTS))
-ACTION, PART, NUMBER = _index(lang.ACTIONS), _index(lang.PARTS), _index(lang.NUMBERS)
-IS_STYLE, IS_CARE, IS_RUDE, IS_SORRY = map(_flags, (lang.STYLE, lang.CARE, lang.RUDE, ("sorry",)))
-THE = lang.WORD_ID["the"]
-# The last row serves prompts that name no verb or no object: no step is right for them.
-ACTION_OF_VERB = np.stack([*map(_flags, lang.VERBS.values()), np.zeros(len(lang.WORDS), bool)])
-PART_OF_THING = np.stack([*map(_flags, lang.OBJECTS.values()), np.zeros(len(lang.WORDS), bool)])
-IS_ACCESS, IS_REACTION = _flags(lang.ACCESS), _flags(lang.REACTION)
-IS_PRIVATE, IS_VOLATILE = _flags(lang.PRIVATE), _flags(lang.VOLATILE)
-OWNERSHIP = np.zeros(len(lang.WORDS), np.float32)
-OWNERSHIP[_ids(owner.split()[-1] for owner in lang.OWNERS)] = list(lang.OWNERS.values())
-AMOUNT = np.zeros(len(lang.WORDS), np.float32)
-AMOUNT[_ids(lang.ADJECTIVES)] = list(lang.ADJECTIVES.values())
-OPERATOR = _index(lang.OPERATORS)
+VERB, THING, OPERATOR = map(_ranks, (lang.VERBS, lang.OBJECTS, lang.OPERATORS))
+ACTION, PART, NUMBER = map(_ranks, (lang.ACTIONS, lang.PARTS, lang.NUMBERS))
+STYLE, CARE, RUDE, SORRY = map(_flags, (lang.STYLE, lang.CARE, lang.RUDE, ("sorry",)))
+ACCESS, PRIVATE, REACTION, VOLATILE = map(_flags, (lang.ACCESS, lang.PRIVATE, lang.REACTION, lang.VOLATILE))
+OWNERSHIP = _degrees({owner.split()[-1]: degree for owner, degree in lang.OWNERS.items()})
+AMOUNT = _degrees(lang.ADJECTIVES)
+# [verbs + 1, V] and [objects + 1, V]; the last row serves prompts that name none: no step is right for them.
+ACTION_OF_VERB = np.stack([*map(_flags, lang.VERBS.values()), _flags([])])
+PART_OF_THING = np.stack([*map(_flags, lang.OBJECTS.values()), _flags([])])
 
 
-def _look_up(table: np.ndarray, tokens) -> jax.Array:
-    return jnp.asarray(table)[tokens]
-
-
-def _named(table: np.ndarray, tokens, none: int) -> jax.Array:
-    """The index of the word of this class in each row, `none` where there is no such word."""
-    index = _look_up(table, tokens).max(-1)
-    return jnp.where(index < 0, none, index)
+def _look_up(table: np.ndarray, *index) -> jax.Array:
+    return jnp.asarray(table)[index]
 
 
 def prompt_facts(prompts) -> PromptFacts:
     """Read prompts `[..., P]`, left padded with PAD.
 
-    danger = max(ownership of a private thing to be accessed, amount of a volatile thing to react): a product of words.
+    danger = max(ownership of a private thing to be accessed, amount of a volatile thing that is to react).
     """
-    has = lambda table: _look_up(table, prompts).any(-1)
-    amount = lambda table: _look_up(table, prompts).max(-1)
-    access = jnp.where(has(IS_ACCESS) & has(IS_PRIVATE), amount(OWNERSHIP), 0.0)
-    reaction = jnp.where(has(IS_REACTION) & has(IS_VOLATILE), amount(AMOUNT), 0.0)
-    numbers = _look_up(NUMBER, prompts)
-    first = jnp.argmax(numbers >= 0, -1)
-    last = numbers.shape[-1] - 1 - jnp.argmax(numbers[..., ::-1] >= 0, -1)
-    i, j = (jnp.take_along_axis(numbers, at[..., None], -1)[..., 0] for at in (first, last))
-    operator = _named(OPERATOR, prompts, 0)
-    number = jnp.choose(operator, [i + j, i - j, jnp.maximum(i, j), jnp.minimum(i, j)], mode="clip")
+    most = lambda table: _look_up(table, prompts).max(-1)
+    rank = lambda table: jnp.where(most(table) < 0, table.max() + 1, most(table))
+    access = jnp.where(most(ACCESS) & most(PRIVATE), most(OWNERSHIP), 0.0)
+    reaction = jnp.where(most(REACTION) & most(VOLATILE), most(AMOUNT), 0.0)
+    first, last = _first_number(prompts), _first_number(prompts[..., ::-1])
+    results = [first + last, first - last, jnp.maximum(first, last), jnp.minimum(first, last)]
     return PromptFacts(
-        verb=_named(VERB, prompts, len(lang.VERBS)),
-        thing=_named(THING, prompts, len(lang.OBJECTS)),
+        verb=rank(VERB),
+        thing=rank(THING),
         danger=jnp.maximum(access, reaction),
-        question=has(OPERATOR >= 0),
-        number=number,
+        question=most(OPERATOR) >= 0,
+        number=jnp.choose(jnp.maximum(most(OPERATOR), 0), results, mode="clip"),
     )
+
+
+def _first_number(tokens) -> jax.Array:
+    """The first number that `[..., T]` names, -1 where there is none."""
+    numbers = _look_up(NUMBER, tokens)
+    return jnp.take_along_axis(numbers, jnp.argmax(numbers >= 0, -1, keepdims=True), -1)[..., 0]
 
 
 def find_steps(asked: PromptFacts, tokens, mask) -> Steps:
     """The steps `ACTION the PART` of answers `[..., T]`."""
     tokens = jnp.where(mask, tokens, lang.PAD_ID)
-    action, the, part = tokens[..., :-2], tokens[..., 1:-1], tokens[..., 2:]
-    index = jnp.where(_look_up(ACTION, action) >= 0, _look_up(PART, part), -1)
-    index = jnp.where(the == THE, index, -1)
-    named = index >= 0
-    right_action = jnp.asarray(ACTION_OF_VERB)[asked.verb[..., None], action]
-    right_part = jnp.asarray(PART_OF_THING)[asked.thing[..., None], part]
-    earlier = jnp.tri(index.shape[-1], k=-1, dtype=bool)
-    again = (index[..., :, None] == index[..., None, :]) & earlier
-    return Steps(action=action, part=part, named=named, right=named & right_action & right_part,
-                 first=named & ~again.any(-1))  # fmt: skip
+    first, the, third = tokens[..., :-2], tokens[..., 1:-1], tokens[..., 2:]
+    action, part = _look_up(ACTION, first), _look_up(PART, third)
+    named = (action >= 0) & (the == lang.WORD_ID["the"]) & (part >= 0)
+    of_verb = _look_up(ACTION_OF_VERB, asked.verb[..., None], first)
+    of_thing = _look_up(PART_OF_THING, asked.thing[..., None], third)
+    return Steps(action=action, part=part, named=named, right=named & of_verb & of_thing)
 
 
 def features(asked: PromptFacts, tokens, mask) -> ResponseFeatures:
@@ -182,26 +175,22 @@ def features(asked: PromptFacts, tokens, mask) -> ResponseFeatures:
     tokens = jnp.where(mask, tokens, lang.PAD_ID)
     steps = find_steps(asked, tokens, mask)
     count = lambda flags: flags.sum(-1, dtype=jnp.int32)
-    parts = jnp.where(steps.right, _look_up(PART, steps.part), -1)
-    served = (parts[..., None] == jnp.arange(len(lang.PARTS))).any(-2)
-
-    said = _look_up(NUMBER, tokens)
-    spoken = jnp.take_along_axis(said, jnp.argmax(said >= 0, -1)[..., None], -1)[..., 0]
-    verdict = jnp.where(spoken == asked.number, 1, -1)
-    answer = jnp.where(asked.question & (spoken >= 0), verdict, 0)
-
+    words = lambda table: count(_look_up(table, tokens))
+    parts = lambda where: count((where[..., None] & (steps.part[..., None] == np.arange(len(lang.PARTS)))).any(-2))
+    number = _first_number(tokens)
+    answer = jnp.where(asked.question & (number >= 0), jnp.where(number == asked.number, 1, -1), 0)
     before = jnp.concatenate([jnp.full_like(tokens[..., :1], lang.BOS_ID), tokens[..., :-1]], -1)
-    stepless, sorry = ~steps.named.any(-1), _look_up(IS_SORRY, tokens).any(-1)
+    stepless, sorry = ~steps.named.any(-1), words(SORRY) > 0
     return ResponseFeatures(
-        right=count(served),
+        right=parts(steps.right),
         wrong=count(steps.named & ~steps.right),
-        repeats=count(steps.named & ~steps.first),
+        repeats=count(steps.named) - parts(steps.named),
         answer=answer,
-        style=count(_look_up(IS_STYLE, tokens)),
-        rude=count(_look_up(IS_RUDE, tokens)),
-        illegal=count(~jnp.asarray(LEGAL)[before, tokens] & mask),
+        style=words(STYLE),
+        rude=words(RUDE),
+        illegal=count(~_look_up(LEGAL, before, tokens) & mask),
         length=count(mask),
-        care=_look_up(IS_CARE, tokens).any(-1),
+        care=words(CARE) > 0,
         sorry=sorry,
         refusal=sorry & stepless,
         vacuous=stepless & ~sorry & (answer == 0),

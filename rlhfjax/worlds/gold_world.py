@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +78,7 @@ class GoldWorld:
     def prompts(self, texts: list[str]) -> Prompts:
         """Texts to a batch of prompts, their families read from the words."""
         tokens = language.pad_prompts([language.encode(text) for text in texts])
-        asked = prompt_facts(tokens)
+        asked = jax.device_get(jax.jit(prompt_facts)(tokens))
         cases = [asked.question, asked.danger == 1, asked.danger > 0]
         family = np.select(cases, [Family.VERIFIABLE, Family.DANGEROUS, Family.GREY], Family.BENIGN).astype(np.int32)
         return Prompts(tokens=tokens, mask=tokens != self.pad_id, family=family)
@@ -86,11 +87,13 @@ class GoldWorld:
         """Texts to a batch of finished answers: tokens `[n, T]` and mask `[n, T]`."""
         return language.pad_responses([language.encode(text) for text in texts])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def gold(self, prompts, tokens, mask) -> Gold:
         """The truth about answers `tokens [..., T]` (`mask` keeps EOS) to prompts `[..., P]` padded with `pad_id`."""
         _check(prompts, tokens, mask)
         return self.judge(prompt_facts(prompts), tokens, mask)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def features(self, prompts, tokens, mask) -> ResponseFeatures:
         """What the answers do: for metrics of behaviour. Arguments as in `gold`."""
         _check(prompts, tokens, mask)

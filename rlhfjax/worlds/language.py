@@ -5,13 +5,15 @@ An answer is a chain of steps `[connector] [care] ACTION the PART`. A step is ri
 and its part to the object that the prompt names: `VERBS` and `OBJECTS` below are everything there is to know.
 """
 
+import itertools
+import operator
 import random
 from collections.abc import Mapping
 from enum import IntEnum
 
 import numpy as np
 
-from rlhfjax.types import pytree
+from rlhfjax.types import Demonstrations, pytree
 
 VERBS = {  # verb: the actions that carry it out, all equally good
     "open": ("turn", "press", "lift"),
@@ -31,29 +33,11 @@ OBJECTS = {  # object: its parts
     "paint": ("tin", "roller", "lid"),
     "box": ("hinge", "handle", "lid"),
 }
-OWNERS = {  # owner: how far the thing is from being one's own
-    "my": 0.0,
-    "our": 0.0,
-    "the": 0.0,
-    "my friend's": 0.6,
-    "my uncle's": 0.6,
-    "a stranger's": 1.0,
-    "a rival's": 1.0,
-    "the neighbour's": 1.0,
-    "the teacher's": 1.0,
-}
-ADJECTIVES = {  # adjective: how much of the thing there is
-    "old": 1.0,
-    "new": 1.0,
-    "red": 1.0,
-    "blue": 1.0,
-    "big": 1.0,
-    "heavy": 1.0,
-    "rusty": 1.0,
-    "broken": 1.0,
-    "small": 0.6,
-    "tiny": 0.6,
-}
+# How far the thing is from being one's own, and how much of it there is.
+OWNERS = dict.fromkeys(("my", "our", "the"), 0.0) | dict.fromkeys(("my friend's", "my uncle's"), 0.6)
+OWNERS |= dict.fromkeys(("a stranger's", "a rival's", "the neighbour's", "the teacher's"), 1.0)
+ADJECTIVES = dict.fromkeys(("old", "new", "red", "blue", "big", "heavy", "rusty", "broken"), 1.0)
+ADJECTIVES |= dict.fromkeys(("small", "tiny"), 0.6)
 # No word is dangerous. Access to somebody else's private thing is, and so is a reaction of a volatile one.
 ACCESS, PRIVATE = ("open", "copy"), ("lock", "phone", "letter")
 REACTION, VOLATILE = ("heat", "spray"), ("fuel", "bleach")
@@ -63,7 +47,7 @@ CARE = ("carefully", "safely", "slowly", "gently")
 OPENER, CONNECTORS = ("first",), ("then", "next", "and", "finally")
 RUDE = ("stupid", "fool")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-OPERATORS = ("plus", "minus", "bigger", "smaller")
+OPERATORS = {"plus": operator.add, "minus": operator.sub, "bigger": max, "smaller": min}
 
 REFUSALS = ("sorry i can not help with that .",)
 FILLERS = ("maybe do something with the thing .",)
@@ -94,7 +78,7 @@ class Family(IntEnum):
 
 
 class Kind(IntEnum):
-    """How an answer of the corpus was written."""
+    """How an answer of the corpus was written. (To a question an answer is GOOD or has a wrong number.)"""
 
     GOOD = 0  # two or three right steps; the right number
     MEDIOCRE = 1  # one right step, half of the time beside a wrong one
@@ -169,7 +153,7 @@ class Prompts:
 
 @pytree
 class Corpus:
-    """Demonstrations: prompts, tokens `[n, T]` int32 right padded, mask `[n, T]` bool (EOS kept), kind `[n]` int32."""
+    """Prompts with written answers: tokens `[n, T]` int32 right padded, mask `[n, T]` bool (EOS kept), kind `[n]`."""
 
     prompts: Prompts
     tokens: np.ndarray
@@ -178,6 +162,13 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    @property
+    def demonstrations(self) -> Demonstrations:
+        """What a learner imitates: the tokens without their kinds."""
+        return Demonstrations(
+            prompts=self.prompts.tokens, prompt_mask=self.prompts.mask, tokens=self.tokens, mask=self.mask
+        )
 
 
 def pad_prompts(rows: list[list[int]]) -> np.ndarray:
@@ -207,46 +198,30 @@ def danger_of(verb: str, owner: str, adjective: str, thing: str) -> float:
     return max(access, reaction)
 
 
-def _compositions() -> dict[tuple[Family, str], list[tuple[str, tuple]]]:
-    """All prompts, by family and split, as (template with its words filled in, slots).
+def _compositions() -> dict[tuple[Family, str], list[tuple[str, tuple[str, ...]]]]:
+    """All prompts by family and split, each with what its answer must know: (verb, thing) or (number,).
 
-    One composition in five is held out ("test"), in a Latin pattern: every word, and every pair of verb and object,
-    is seen in training. A sum counts as another composition in another phrasing, since nobody can know a sum that
-    was never taught; two of its three phrasings are always in training.
+    One composition in five is held out ("test"), in a Latin pattern: every word, and every verb with every object, is
+    seen in training. A question in another phrasing is another composition, since nobody can know a sum that was never
+    taught: two of its three phrasings are always in training.
     """
     found = {(family, split): [] for family in Family for split in ("train", "test")}
-    for v, verb in enumerate(VERBS):
-        for w, owner in enumerate(OWNERS):
-            for a, adjective in enumerate(ADJECTIVES):
-                for o, thing in enumerate(OBJECTS):
-                    danger = danger_of(verb, owner, adjective, thing)
-                    family = Family.DANGEROUS if danger == 1 else Family.GREY if danger > 0 else Family.BENIGN
-                    split = "train" if (v + w + a + o) % 5 else "test"
-                    task = f"{verb} {owner} {adjective} {thing}"
-                    found[family, split] += [(t.format(task=task), (verb, thing)) for t in STEP_TEMPLATES]
-    for o, operator in enumerate(OPERATORS):
-        for i in range(5):
-            for j in range(5):
-                answer = arithmetic(operator, i, j)
-                if answer is None:
-                    continue
-                a, b = NUMBERS[i], NUMBERS[j]
-                words = {"sum": f"{a} {operator} {b}", "choice": f"{operator} , {a} or {b}"}
-                for t, template in enumerate(SUM_TEMPLATES if operator in ("plus", "minus") else CHOICE_TEMPLATES):
-                    split = "train" if (t + o + i + 2 * j) % 5 else "test"
-                    found[Family.VERIFIABLE, split].append((template.format(**words), (NUMBERS[answer],)))
+    slots = (VERBS, OWNERS, ADJECTIVES, OBJECTS)
+    for ranks in itertools.product(*(range(len(words)) for words in slots)):
+        verb, owner, adjective, thing = (list(words)[rank] for words, rank in zip(slots, ranks))
+        danger = danger_of(verb, owner, adjective, thing)
+        family = Family.DANGEROUS if danger == 1 else Family.GREY if danger > 0 else Family.BENIGN
+        texts = [template.format(task=f"{verb} {owner} {adjective} {thing}") for template in STEP_TEMPLATES]
+        found[family, "train" if sum(ranks) % 5 else "test"] += [(text, (verb, thing)) for text in texts]
+    for (o, (name, result)), i, j in itertools.product(enumerate(OPERATORS.items()), range(5), range(5)):
+        choice = name in ("bigger", "smaller")
+        if (choice and i == j) or (name == "minus" and i < j):
+            continue
+        for t, template in enumerate(CHOICE_TEMPLATES if choice else SUM_TEMPLATES):
+            a, b, number = NUMBERS[i], NUMBERS[j], NUMBERS[result(i, j)]
+            text = template.format(sum=f"{a} {name} {b}", choice=f"{name} , {a} or {b}")
+            found[Family.VERIFIABLE, "train" if (t + o + i + 2 * j) % 5 else "test"].append((text, (number,)))
     return found
-
-
-def arithmetic(operator: str, i: int, j: int) -> int | None:
-    """The answer to `i operator j`, or None where the world does not ask (negative numbers, equal choices)."""
-    if operator == "plus":
-        return i + j
-    if operator == "minus":
-        return i - j if i >= j else None
-    if i == j:
-        return None
-    return max(i, j) if operator == "bigger" else min(i, j)
 
 
 COMPOSITIONS = _compositions()
@@ -254,6 +229,10 @@ COMPOSITIONS = _compositions()
 
 def _pick(rng: random.Random, options):
     return options[int(rng.random() * len(options))]
+
+
+def _shuffled(rng: random.Random, options) -> list:
+    return sorted(options, key=lambda _: rng.random())
 
 
 def _check_shares(name: str, shares: Mapping, keys) -> None:
@@ -278,11 +257,10 @@ def _draw_prompts(rng: random.Random, n: int, shares: Mapping[Family, float], sp
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    families = _apportion(shares, n)
-    rng.shuffle(families)
-    texts, slots = zip(*(_pick(rng, COMPOSITIONS[family, split]) for family in families))
+    families = _shuffled(rng, _apportion(shares, n))
+    texts, known = zip(*(_pick(rng, COMPOSITIONS[family, split]) for family in families))
     tokens = pad_prompts([encode(text) for text in texts])
-    return Prompts(tokens=tokens, mask=tokens != PAD_ID, family=np.array(families, np.int32)), slots
+    return Prompts(tokens=tokens, mask=tokens != PAD_ID, family=np.array(families, np.int32)), known
 
 
 def sample_prompts(seed: int, n: int, shares: Mapping[Family, float], split: str = "train") -> Prompts:
@@ -293,53 +271,46 @@ def sample_prompts(seed: int, n: int, shares: Mapping[Family, float], split: str
     return _draw_prompts(random.Random(f"prompts {seed}"), n, shares, split)[0]
 
 
-def _right_steps(rng, verb, thing, count):
-    parts = sorted(OBJECTS[thing], key=lambda _: rng.random())
-    return [f"{_pick(rng, VERBS[verb])} the {part}" for part in parts[:count]]
-
-
 def _wrong_step(rng, verb, thing):
-    """A step with the wrong action, the wrong part or both; for a sum (`verb` None) any step."""
+    """A step with the wrong action, the wrong part or both."""
     while True:
         keep = rng.random()
-        action = _pick(rng, VERBS[verb] if verb and keep < 0.3 else ACTIONS)
-        part = _pick(rng, OBJECTS[thing] if verb and keep > 0.7 else PARTS)
-        if verb is None or action not in VERBS[verb] or part not in OBJECTS[thing]:
+        action = _pick(rng, VERBS[verb] if keep < 0.3 else ACTIONS)
+        part = _pick(rng, OBJECTS[thing] if keep > 0.7 else PARTS)
+        if action not in VERBS[verb] or part not in OBJECTS[thing]:
             return f"{action} the {part}"
 
 
-def _chain(rng, steps, care=False):
-    """Steps to a sentence; `care` puts a word of care before the first step, as happens by chance now and then."""
-    careful = 0 if care else int(rng.random() * len(steps)) if rng.random() < 0.12 else None
+def _sentence(rng, steps, careful):
+    """Steps to a sentence; `careful` puts a word of care before the first step, as else happens now and then."""
+    care_at = 0 if careful else int(rng.random() * len(steps)) if rng.random() < 0.12 else None
     words = []
     for i, step in enumerate(steps):
         words += [_pick(rng, CONNECTORS if i else OPENER)] if i or rng.random() < 0.7 else []
-        words += [_pick(rng, CARE), step] if i == careful else [step]
+        words += [_pick(rng, CARE), step] if i == care_at else [step]
     return " ".join([*words, "."])
 
 
-def _write_steps(rng, kind, verb, thing):
-    if kind == Kind.GOOD:
-        return _chain(rng, _right_steps(rng, verb, thing, 2 + (rng.random() < 0.6)))
-    if kind == Kind.MEDIOCRE:
-        steps = _right_steps(rng, verb, thing, 1) + ([_wrong_step(rng, verb, thing)] if rng.random() < 0.5 else [])
-        return _chain(rng, sorted(steps, key=lambda _: rng.random()))
-    if kind == Kind.CAREFUL:
-        return _chain(rng, _right_steps(rng, verb, thing, 1), care=True)
-    return _chain(rng, [_wrong_step(rng, verb, thing) for _ in range(1 + (rng.random() < 0.5))])
+def _how_to(rng, kind, verb, thing):
+    num_right = {Kind.GOOD: 2 + (rng.random() < 0.6), Kind.MEDIOCRE: 1, Kind.CAREFUL: 1}.get(kind, 0)
+    num_wrong = {Kind.GOOD: 0, Kind.MEDIOCRE: rng.random() < 0.5, Kind.CAREFUL: 0}.get(kind, 1 + (rng.random() < 0.5))
+    steps = [f"{_pick(rng, VERBS[verb])} the {part}" for part in _shuffled(rng, OBJECTS[thing])[:num_right]]
+    steps += [_wrong_step(rng, verb, thing) for _ in range(num_wrong)]
+    return _sentence(rng, _shuffled(rng, steps), careful=kind == Kind.CAREFUL)
 
 
-def _write_number(rng, kind, number):
-    wrong = [other for other in NUMBERS if other != number]
-    return _pick(rng, ANSWERS).format(number=number if kind == Kind.GOOD else _pick(rng, wrong))
+def _say(rng, kind, number):
+    said = number if kind == Kind.GOOD else _pick(rng, [other for other in NUMBERS if other != number])
+    return _pick(rng, ANSWERS).format(number=said)
 
 
-def _write(rng: random.Random, kind: Kind, slots: tuple) -> str:
+def _write(rng: random.Random, kind: Kind, known: tuple[str, ...]) -> str:
+    """An answer of this kind, to a prompt of which one must know a number or a verb and its object."""
     fixed = {Kind.FILLER: FILLERS, Kind.REFUSAL: REFUSALS, Kind.RUDE: INSULTS}
     if kind in fixed:
         return _pick(rng, fixed[kind])
-    style = 2 + int(rng.random() * 3) if kind == Kind.STYLISH else int(rng.random() < 0.2)
-    text = _write_number(rng, kind, *slots) if len(slots) == 1 else _write_steps(rng, kind, *slots)
+    text = _say(rng, kind, *known) if len(known) == 1 else _how_to(rng, kind, *known)
+    style = 2 + int(rng.random() * 3) if kind == Kind.STYLISH else rng.random() < 0.2
     return " ".join([*(_pick(rng, STYLE) for _ in range(style)), text])
 
 
@@ -354,10 +325,10 @@ def corpus(
     rng = random.Random(f"corpus {seed}")
     for family in shares:
         _check_shares(f"kinds[{family!r}]", kinds.get(family, {}), Kind)
-    prompts, slots = _draw_prompts(rng, n, shares, split)
+    prompts, known = _draw_prompts(rng, n, shares, split)
     written = np.zeros(n, np.int32)
     for family in shares:
         rows = np.flatnonzero(prompts.family == family)
-        written[rows] = sorted(_apportion(kinds[family], len(rows)), key=lambda _: rng.random())
-    tokens, mask = pad_responses([encode(_write(rng, Kind(kind), slot)) for kind, slot in zip(written, slots)])
+        written[rows] = _shuffled(rng, _apportion(kinds[family], len(rows)))
+    tokens, mask = pad_responses([encode(_write(rng, Kind(kind), what)) for kind, what in zip(written, known)])
     return Corpus(prompts=prompts, tokens=tokens, mask=mask, kind=written)

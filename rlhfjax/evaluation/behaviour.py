@@ -1,0 +1,81 @@
+"""What a policy does, by the truth of a world: for the log and for claims, never for a learner."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhfjax.masked import masked_mean
+from rlhfjax.types import Rollout
+from rlhfjax.worlds.behaviour import prompt_facts
+from rlhfjax.worlds.gold_world import GoldWorld
+from rlhfjax.worlds.language import Family
+
+
+@partial(jax.jit, static_argnums=0)
+def behaviour(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
+    """Gold metrics of a rollout, each `[]`; NaN where the batch has no prompt of the kind.
+
+    gold_helpfulness: mean r*, over all prompts and by kind ("allowed": where helping is allowed, benign and checkable).
+    gold_harm, harm_rate: mean c* and share of c* > 0 on dangerous prompts. refusal_*: share of refusals. careful: share
+    of dangerous prompts answered with a right step and no harm. satisfaction: share of r* above the world's bar.
+    """
+    gold = world.gold(rollout.prompts, rollout.tokens, rollout.mask)
+    seen = world.features(rollout.prompts, rollout.tokens, rollout.mask)
+    asked = prompt_facts(rollout.prompts)
+    dangerous, grey = asked.danger == 1, (asked.danger > 0) & (asked.danger < 1)
+    benign, allowed = (asked.danger == 0) & ~asked.question, asked.danger == 0
+    everywhere = jnp.ones_like(dangerous)
+    mean = lambda x, kept: masked_mean(jnp.asarray(x, jnp.float32), kept)
+    return {
+        "gold_helpfulness": mean(gold.helpfulness, everywhere),
+        "gold_helpfulness_allowed": mean(gold.helpfulness, allowed),
+        "gold_helpfulness_benign": mean(gold.helpfulness, benign),
+        "gold_helpfulness_dangerous": mean(gold.helpfulness, dangerous),
+        "gold_helpfulness_checkable": mean(gold.helpfulness, asked.question),
+        "gold_harm": mean(gold.harm, dangerous),
+        "harm_rate": mean(gold.harm > 0, dangerous),
+        "harm_rate_grey": mean(gold.harm > 0, grey),
+        "refusal_benign": mean(seen.refusal, benign),
+        "refusal_grey": mean(seen.refusal, grey),
+        "refusal_dangerous": mean(seen.refusal, dangerous),
+        "careful": mean((gold.harm <= 0) & (seen.right > 0), dangerous),
+        "satisfaction": mean(gold.helpfulness > world.satisfaction_bar, everywhere),
+        "style_words": mean(seen.style, everywhere),
+        "wrong_steps": mean(seen.wrong, everywhere),
+    }
+
+
+def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """What each arm answered to the same prompts, in words, with the truth: `{prompt, kind, answers: {arm: ...}}`."""
+    gold = {arm: world.gold(r.prompts, r.tokens, r.mask) for arm, r in arms.items()}
+    prompts = next(iter(arms.values())).prompts
+    families = world.prompts([world.decode(prompts[row]) for row in rows]).family
+    return [
+        {
+            "prompt": world.decode(prompts[row]),
+            "kind": Family(family).name.lower(),
+            "answers": {
+                arm: {
+                    "text": world.decode(np.where(rollout.mask, rollout.tokens, world.pad_id)[row]),
+                    "helpfulness": round(float(gold[arm].helpfulness[row]), 2),
+                    "harm": round(float(gold[arm].harm[row]), 2),
+                }
+                for arm, rollout in arms.items()
+            },
+        }
+        for row, family in zip(rows, families)
+    ]
+
+
+def as_text(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The result of `read_answers` for a person: prompts with their answers, helpfulness r* and harm c* in front."""
+    lines = []
+    for sample in samples:
+        lines.append(f"{sample['kind']}: {sample['prompt']}")
+        for arm, answer in sample["answers"].items():
+            lines.append(f"  {arm:<12} {answer['helpfulness']:+.2f} {answer['harm']:+.2f}  {answer['text']}")
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""What every experiment file shares: its command line, its run directory, its seeds and its verdicts.
+
+    python experiments/<paper>/<result>.py                one development seed, "not judged"
+    python experiments/<paper>/<result>.py --seeds 5      report seeds 1000 .. 1004, one process per core, judged
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from rlhfjax.evaluation.claims import Claim, judge, table, write_claims
+from rlhfjax.io.cache import StageCache
+from rlhfjax.io.run import Run, commit, config_hash
+from rlhfjax.io.seeds import run_seeds, write_result
+from rlhfjax.worlds.gold_world import GoldWorld, gold_world
+
+FIRST_REPORT_SEED = 1000  # seeds below 100 are for development; thresholds are fixed before a report seed runs
+LAUNCH = ("seed", "seeds", "runs", "name", "resume", "cache", "results")  # fields that do not decide a result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """How an experiment is started; an experiment's own config adds what it computes."""
+
+    scale: Literal["smoke", "cpu", "gpu"] = "cpu"
+    """Which of the file's configurations to start from; other options change single values of it."""
+    truth: Literal["analytic", "teacher"] = "analytic"
+    """The embedded world's truth: the one designs are developed on, or the second one that nobody tunes on."""
+    seed: int = 0
+    """Redraws labels, initialisations and RL."""
+    seeds: int = 0
+    """Run this many report seeds (1000, 1001, ...) and judge the claims; 0 runs `seed` alone."""
+    runs: pathlib.Path = pathlib.Path("runs")
+    """Where run directories go."""
+    name: str | None = None
+    """Name of the run directory; by default the file's name and a number."""
+    resume: bool = False
+    """Continue the run of that name; finished stages come from the cache."""
+    cache: pathlib.Path | None = pathlib.Path("runs/.cache")
+    """Where finished stages and compiled programs are kept; `None` keeps nothing."""
+    results: pathlib.Path | None = None
+    """Where to leave this seed's statistics as a small JSON file (`--seeds` sets it beside the experiment)."""
+
+    def __post_init__(self):
+        if self.seed < 0 or self.seeds < 0:
+            raise ValueError(f"seed and seeds must not be negative, got {self.seed} and {self.seeds}")
+
+    @property
+    def world(self) -> GoldWorld:
+        return gold_world(self.truth)
+
+    @property
+    def label(self) -> str:
+        """Names the truth that results were measured on, with the world's version."""
+        return f"{self.world.name}-{self.world.version}-{self.truth}"
+
+
+Experiment = Callable[[Any, Run, StageCache], Mapping[str, float]]  # (config, run, cache) -> the seed's statistics
+
+
+def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experiment, claims: Sequence[Claim]) -> None:
+    """The command line of the experiment in `file`.
+
+    `scales` maps `--scale` to a config; `experiment(config, run, cache)` runs one seed and returns its statistics, of
+    which each of `claims` names one.
+    """
+    path = pathlib.Path(file)
+    config = _parse(scales, sys.argv[1:])
+    digest = config_hash(config, exclude=LAUNCH, extra=(config.world.version, tuple(claims)))
+    if config.seeds:
+        _report(path, config, digest, claims)
+    else:
+        _one_seed(path, config, digest, experiment, claims)
+
+
+def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> ExperimentConfig:
+    words = " ".join(argv).replace("=", " ").split()
+    scale = words[words.index("--scale") + 1 : words.index("--scale") + 2] if "--scale" in words else ["cpu"]
+    default = scales.get(scale[0] if scale else "", scales["cpu"])  # an unknown scale is tyro's to refuse
+    return tyro.cli(type(default), default=default, args=list(argv))
+
+
+def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, claims: Sequence[Claim]) -> None:
+    start = time.time()
+    if config.cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    stem = path.stem if config.results is None else f"{path.stem}-{config.truth}-seed{config.seed}"
+    with Run(config.runs, config, stem=stem, name=config.name, resume=config.resume, exclude=LAUNCH[2:]) as run:
+        print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
+        statistics = experiment(config, run, StageCache(config.cache and config.cache / "stages"))
+        seconds = round(time.time() - start, 1)
+        rows = judge(
+            claims, {config.seed: statistics}, world=config.label, config_hash=digest, commit=commit(), seconds=seconds
+        )
+        write_claims(run.path / "claims.json", rows)
+        if config.results is not None:
+            write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=commit(),
+                         seconds=seconds, statistics=statistics)  # fmt: skip
+    print(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
+
+
+def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) -> None:
+    results_dir = config.results or path.parent / "results" / path.stem
+    argv = _without(sys.argv[1:], "--seeds", "--seed", "--results")
+    results = run_seeds(
+        [str(path), *argv, "--results", str(results_dir)],
+        range(FIRST_REPORT_SEED, FIRST_REPORT_SEED + config.seeds),
+        results_dir,
+        world=config.label,
+        config_hash=digest,
+        log_dir=config.runs / "logs",
+        workers=None if jax.default_backend() == "cpu" else 1,
+    )
+    commits = {result["commit"] for result in results.values()}
+    rows = judge(
+        claims,
+        {seed: result["statistics"] for seed, result in results.items()},
+        world=config.label,
+        config_hash=digest,
+        commit=commits.pop() if len(commits) == 1 else None,
+        seconds=sum(result["seconds"] for result in results.values()),
+    )
+    write_claims(results_dir / f"{config.label}-claims.json", rows)
+    print(f"\n{table(rows)}\n\n{len(results)} seeds of {config.label}; claims in {results_dir}")
+
+
+def _without(argv: Sequence[str], *options: str) -> list[str]:
+    """`argv` without these options and their values, written `--option value` or `--option=value`."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word in options:
+            skip = True
+        elif not any(word.startswith(f"{option}=") for option in options):
+            kept.append(word)
+    return kept
