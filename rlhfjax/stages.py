@@ -2,7 +2,8 @@
 
 Each is a plain function of explicit inputs, so `StageCache.run` can key it by their content. Their order, their numbers
 and what they are claimed to show stand in the experiment files. `log(step, metrics)` receives metrics as they come;
-the cache records them and replays them on a hit.
+the cache records them and replays them on a hit. `label` names the stage
+in progress and errors.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ class RLConfig:
                 raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
 
 
-def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, log: Log, name: str) -> Params:
+def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, log: Log, label: str) -> Params:
     """Minimise `loss_fn` over `data` (a pytree with a leading row axis) and return the parameters."""
     optimizer = adamw(config.learning_rate, config.num_steps, weight_decay=config.weight_decay)
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
@@ -84,12 +85,12 @@ def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, 
     data = jax.tree.map(jnp.asarray, data)
     chunk = min(25, config.num_steps)
     starts = range(0, config.num_steps, chunk)
-    for first in (bar := progress(starts, name, unit=f"{chunk} steps")):
+    for first in (bar := progress(starts, label, unit=f"{chunk} steps")):
         count = min(chunk, config.num_steps - first)
         rows = batch_order(seed, first, count, len(data), config.batch_size)
         state, metrics = fit_step(state, data, rows)
         metrics = {key: float(value) for key, value in metrics.items()}
-        check_finite(f"{name}: loss", metrics["loss"], f" (steps {first} to {first + count}): lower the learning rate")
+        check_finite(f"{label}: loss", metrics["loss"], f" (steps {first} to {first + count}): lower the learning rate")
         log(first + count, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
     return state.params
@@ -102,14 +103,14 @@ def train_language_model(
     optimisation: FitConfig,
     seed: int,
     start: Params | None = None,
+    label: str,
     log: Log,
 ) -> Params:
     """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count)."""
     model = make_language_model(config)
     loss_fn = make_next_token_loss(model, prompts=start is None)
     params = model.init(jax.random.key(seed)) if start is None else start
-    return fit(loss_fn, params, demonstrations, optimisation, seed=seed, log=log,
-               name="base language model" if start is None else "fine-tuning")
+    return fit(loss_fn, params, demonstrations, optimisation, seed=seed, log=log, label=label)
 
 
 def fit_preference_model(
@@ -120,12 +121,13 @@ def fit_preference_model(
     make_loss: Callable,
     optimisation: FitConfig,
     seed: int,
+    label: str,
     log: Log,
 ) -> Params:
     """A reward or cost model (`make_loss`: see `rl.preference_models`): a language model's trunk with a zero head."""
     model = make_scalar_model(config)
     params = scalar_params_from(start, model, jax.random.key(seed))
-    return fit(make_loss(model), params, pairs, optimisation, seed=seed, log=log, name="preference model")
+    return fit(make_loss(model), params, pairs, optimisation, seed=seed, log=log, label=label)
 
 
 def run_rl(
@@ -141,7 +143,7 @@ def run_rl(
     batch_size: int,
     seed: int,
     log: Log,
-    name: str,
+    label: str,
     observe: Callable[[Rollout], Mapping[str, jax.Array]] = lambda rollout: {},
     ptx: Demonstrations | None = None,
 ):
@@ -154,18 +156,18 @@ def run_rl(
     take = lambda data, rows: jax.tree.map(lambda x: x[rows], data)
     state = jax.tree.map(jnp.copy, state)  # donated: the caller's networks (the reference too) must survive
     base_key = jax.random.key(seed)
-    for iteration in (bar := progress(range(num_iterations), name, unit="iterations")):
+    for iteration in (bar := progress(range(num_iterations), label, unit="iterations")):
         rows = batch_order(seed, iteration, 1, len(prompts), batch_size)[0]
         sample_key, step_key = jax.random.split(jax.random.fold_in(base_key, iteration))
         rollout = sample(state.policy.params, prompts[rows], prompt_mask[rows], sample_key)
         signals = feedback(rollout)
-        for label, signal in zip(("scores", "costs"), signals):
-            check_finite(f"{name}: {label}", signal, f" (iteration {iteration})")
+        for kind, signal in zip(("scores", "costs"), signals):
+            check_finite(f"{label}: {kind}", signal, f" (iteration {iteration})")
         observed = observe(rollout)
         batch = ptx and take(ptx, batch_order(seed + 1, iteration, 1, len(ptx), batch_size)[0])
         state, metrics = step(state, ref_params, rollout, *signals, key=step_key, ptx=batch)
         metrics = {key: float(value) for key, value in {**metrics, **observed}.items()}
-        check_finite(f"{name}: policy loss", metrics["policy_loss"], f" (iteration {iteration})")
+        check_finite(f"{label}: policy loss", metrics["policy_loss"], f" (iteration {iteration})")
         log(iteration, metrics)
         shown = ("score", "cost", "lambda", "kl")
         bar.set_postfix({key: f"{metrics[key]:.3f}" for key in shown if key in metrics})
@@ -272,6 +274,7 @@ def train_policy(
     optimisation: RLConfig,
     prompts: Prompts,
     seed: int,
+    label: str,
     log: Log,
 ) -> Params:
     """The policy after PPO on a reward model, or with `multiplier` Lagrangian PPO with a limit on a cost model's costs.
@@ -306,6 +309,6 @@ def train_policy(
         batch_size=optimisation.batch_size,
         seed=seed,
         log=log,
-        name="Lagrangian PPO" if multiplier else "PPO",
+        label=label,
     )
     return state.policy.params

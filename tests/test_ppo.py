@@ -16,7 +16,7 @@ from rlhfjax.rl.multiplier import Multiplier, MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import PPOConfig, make_lagrangian_ppo, make_ppo
 from rlhfjax.rl.sampling import make_sampler, response_logprobs
 from rlhfjax.rl.sft import next_token_nll
-from rlhfjax.types import Demonstrations, join
+from rlhfjax.types import Demonstrations, sequences
 
 CONFIG = TransformerConfig(vocab_size=11, d_model=16, num_layers=1, num_heads=2, d_ff=32)
 POLICY, CRITIC = make_language_model(CONFIG), make_scalar_model(CONFIG)
@@ -187,7 +187,7 @@ def test_planted_kl_on_prompt_tokens_is_caught(monkeypatch):
     def faulty(policy, params, ref_params, rollout, config):
         logprobs, ref, metrics = shipped(policy, params, ref_params, rollout, config)
         whole = Demonstrations(prompts=rollout.prompts[:, :1], prompt_mask=rollout.prompt_mask[:, :1],
-                               tokens=join(rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)[0][:, 1:],
+                               tokens=sequences(rollout)[0][:, 1:],
                                mask=jnp.concatenate([rollout.prompt_mask[:, 1:], rollout.mask], -1))
         (mine, kept), (other, _) = (next_token_nll(policy, p, whole, prompts=False) for p in (params, ref_params))
         k3 = losses.kl_k3(-mine, -other, mask=kept)
@@ -299,7 +299,8 @@ def bandit(lagrangian, rewards, costs, steps, kl_coef, multiplier=TINY):
         return state, metrics
 
     state = init(ref, *[CRITIC.init(jax.random.key(i)) for i in range(2 if lagrangian else 1)])
-    state, metrics = jax.jit(lambda s, k: jax.lax.scan(iteration, s, k))(state, jax.random.split(jax.random.key(9), steps))
+    run = jax.jit(lambda state, keys: jax.lax.scan(iteration, state, keys))
+    state, metrics = run(state, jax.random.split(jax.random.key(9), steps))
     logits = lambda params: POLICY.apply(params, prompts[:1], prompt_mask[:1])[0][0, -1]
     return jax.nn.softmax(logits(state.policy.params)), jax.nn.log_softmax(logits(ref)), metrics
 
@@ -360,7 +361,9 @@ def test_options_out_of_range(options, message):
         one_step(**options)
 
 
-@pytest.mark.parametrize("options", [{"initial": 0.0}, {"initial": 9.0}, {"average_decay": 1.0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"initial": 0.0}, {"initial": 9.0}, {"average_decay": 1.0}, {"learning_rate": 0.0}]
+)
 def test_multiplier_options_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         MultiplierConfig(limit=0.0, **options)

@@ -1,9 +1,12 @@
 """Statistics of constrained RLHF: what reward and cost models know, and whether a run met its limit."""
 
-from collections.abc import Mapping
+import os
+import pathlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from rlhfjax.evaluation import figures
 from rlhfjax.evaluation.calibration import (
     Reliability,
     calibration_slope,
@@ -11,7 +14,9 @@ from rlhfjax.evaluation.calibration import (
     reliability,
     sign_accuracy,
 )
-from rlhfjax.types import PreferenceBatch
+from rlhfjax.feedback.raters import Comparisons
+from rlhfjax.types import Params, PreferenceBatch
+from rlhfjax.worlds.behaviour import prompt_facts
 
 
 def sigmoid(x) -> np.ndarray:
@@ -19,19 +24,25 @@ def sigmoid(x) -> np.ndarray:
 
 
 def preference_statistics(
-    reward, cost, pairwise, helpful: PreferenceBatch, harm: PreferenceBatch, risky
+    score_pairs: Callable[[Params, PreferenceBatch], np.ndarray],
+    reward: Params,
+    cost: Params,
+    pairwise: Params,
+    held_out: Comparisons,
 ) -> dict[str, float]:
     """Held-out accuracy and calibration of a reward model, a cost model, and a cost model without sign terms.
 
     Args:
-        reward, cost, pairwise: scores `[N, 2]` of the pairs in `helpful` (reward) and `harm` (the others).
-        risky: `[N]` bool, pairs on which harm is at stake; elsewhere both answers are equally harmless and a harm
-            comparison is a coin. Ranking accuracies of costs are over these.
+        score_pairs: `(params, pairs) -> [N, 2]`. reward, cost, pairwise: parameters of the three models.
     Returns:
-        reward_accuracy, reward_slope (1 = calibrated); cost_rank_accuracy, pairwise_rank_accuracy, rank_difference;
-        sign_accuracy, sign_accuracy_risky, pairwise_sign_accuracy, sign_advantage; cost_calibration_error and
-        harmful_share (of the responses, by label).
+        reward_accuracy, reward_slope (1 = calibrated); cost_rank_accuracy, pairwise_rank_accuracy, rank_difference, on
+        prompts where harm is at stake (elsewhere both answers are equally harmless and their comparison is a coin);
+        sign_accuracy, sign_accuracy_risky (on those prompts), pairwise_sign_accuracy, sign_advantage;
+        cost_calibration_error; harmful_share (of the responses, by label).
     """
+    helpful, harm = held_out.helpful, held_out.harm
+    reward, cost, pairwise = score_pairs(reward, helpful), score_pairs(cost, harm), score_pairs(pairwise, harm)
+    risky = np.asarray(prompt_facts(harm.prompts).danger > 0)
     rank = {name: pair_accuracy(s[risky], harm.prefs[risky]) for name, s in (("cost", cost), ("pairwise", pairwise))}
     signs = {name: sign_accuracy(s, harm.signs) for name, s in (("cost", cost), ("pairwise", pairwise))}
     return {
@@ -55,23 +66,75 @@ def harm_reliability(cost, harm: PreferenceBatch) -> Reliability:
 
 
 def constraint_statistics(
-    history: Mapping[str, np.ndarray], *, limit: float, spread: float, final_cost: float
+    history: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], limit: float
 ) -> dict[str, float]:
     """Whether the limit held and how the multiplier moved (claims SR-3 and SR-4).
 
     Args:
-        history: of Lagrangian PPO, with `lambda` and `cost` `[N]`. limit, final_cost (mean on held-out prompts) and
-            spread (sd of the starting policy's cost) in the cost's units.
+        history: of Lagrangian PPO: its `lambda` and `cost`, each `[N]`. costs: of answers to the same held-out prompts,
+            by arm: "SFT" (the start), "plain" and "constrained", each `[B]`. limit: in the same units.
     Returns:
-        cost_excess: (final_cost - limit) / spread. slackness: 1 where complementary slackness just holds over the last
-        fifth of the run, less where it holds: min(|cost - limit| / (0.15 spread), lambda / 0.1).
-        lambda_rise: maximum over start; lambda_fall: end over maximum.
+        cost_excess: (mean constrained cost - limit) / sd, with sd that of the SFT policy's cost; plain_cost_excess: of
+        the arm without a limit. slackness: 1 where complementary slackness just holds over the last fifth of the run,
+        less where it holds: min(|cost - limit| / (0.15 sd), lambda / 0.1). lambda_rise: highest lambda over the first;
+        lambda_fall: last over the highest.
     """
     lambdas, last = history["lambda"], slice(-max(1, len(history["lambda"]) // 5), None)
+    spread = np.std(costs["SFT"])
     gap = abs(np.mean(history["cost"][last]) - limit) / spread
     return {
-        "cost_excess": (final_cost - limit) / spread,
+        "limit": limit,
+        "cost_excess": (np.mean(costs["constrained"]) - limit) / spread,
+        "plain_cost_excess": (np.mean(costs["plain"]) - limit) / spread,
         "slackness": min(gap / 0.15, np.mean(lambdas[last]) / 0.1),
         "lambda_rise": lambdas.max() / lambdas[0],
         "lambda_fall": lambdas[-1] / lambdas.max(),
     }
+
+
+def outcome_statistics(seen: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What the two trained arms changed (claims SR-5 and SR-8), from `evaluation.behaviour.behaviour` by arm.
+
+    Returns harm_ratio and plain_harm_ratio (over the SFT policy's harm rate), helpfulness_gain and refusal_rise (on
+    benign prompts, constrained minus SFT), and every metric of every arm as "arm metric".
+    """
+    change = lambda metric: seen["constrained"][metric] - seen["SFT"][metric]
+    return {
+        "harm_ratio": seen["constrained"]["harm_rate"] / seen["SFT"]["harm_rate"],
+        "plain_harm_ratio": seen["plain"]["harm_rate"] / seen["SFT"]["harm_rate"],
+        "helpfulness_gain": change("gold_helpfulness_benign"),
+        "refusal_rise": change("refusal_benign"),
+        **{f"{arm} {metric}": value for arm, metrics in seen.items() for metric, value in metrics.items()},
+    }
+
+
+CURVES = {
+    "score": "reward (sd of SFT)",
+    "gold_helpfulness_allowed": "gold helpfulness r*, where allowed",
+    "harm_rate": "harm rate, dangerous prompts",
+    "refusal_benign": "refusals, benign prompts",
+    "careful": "safe help, dangerous prompts",
+    "kl": "KL to SFT (nats per answer)",
+}
+
+
+def save_figures(
+    directory: str | os.PathLike,
+    histories: Mapping[str, Mapping[str, np.ndarray]],
+    limit: float,
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    calibration: Mapping[str, Reliability],
+) -> None:
+    """multiplier.png, training.png, scatter.png and calibration.png of a run.
+
+    histories: by arm, among them "constrained"; limit: on its cost. scores: by arm, raw (costs, rewards) of answers to
+    the same prompts. calibration: by preference model.
+    """
+    drawn = {
+        "multiplier": figures.multiplier_figure(histories["constrained"], limit),
+        "training": figures.training_curves(histories, CURVES),
+        "scatter": figures.reward_cost_scatter(scores),
+        "calibration": figures.reliability_figure(calibration, "predicted P(harmful)"),
+    }
+    for name, figure in drawn.items():
+        figures.save(figure, pathlib.Path(directory) / f"{name}.png")

@@ -36,7 +36,7 @@ def multiplier_figure(history: History, limit: float) -> Figure:
     bottom.plot(step, history["cost_average"], color=COST, lw=1.8)
     bottom.axhline(limit, color=GIVEN, lw=1.2, ls="--")
     last = history["cost_average"][-1]
-    _label(bottom, limit, f"limit {limit:g}", GIVEN, away_from=last)
+    _label(bottom, limit, f"limit {limit:.3g}", GIVEN, away_from=last)
     _label(bottom, last, "moving average", COST, away_from=limit)
     _finish(bottom, "mean episode cost", "iteration")
     return figure

@@ -275,6 +275,7 @@ class progress(tqdm.tqdm):
         style = {} if terminal else {
             "file": _Lines(sys.stderr),
             "mininterval": 10.0,
+            "position": 0,
             "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
         }  # fmt: skip
         super().__init__(iterable, desc, total, unit=unit, dynamic_ncols=terminal, **style)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from rlhfjax import losses
 from rlhfjax.masked import masked_mean
 from rlhfjax.models.transformer import Model, score
-from rlhfjax.types import Params, PreferenceBatch, join, pytree
+from rlhfjax.types import Params, PreferenceBatch, Rollout, join, pytree, sequences
 
 
 def pair_scores(model: Model, params: Params, batch: PreferenceBatch) -> jax.Array:
@@ -68,6 +68,20 @@ class ScoreModel:
     params: Params
     shift: jax.Array
     scale: jax.Array
+
+
+def in_units_of_start(model: Model, reward: Params, cost: Params, start: Rollout) -> tuple[ScoreModel, ScoreModel]:
+    """Reward and cost models whose `make_reward` and `make_cost` have sd 1 on the starting policy's responses `start`.
+
+    The reward is also centred there; the cost is not, because its zero means something.
+    """
+    tokens = sequences(start)
+    scores, harms = (jax.jit(score(model))(params, *tokens) for params in (reward, cost))
+    none = jnp.zeros(())
+    return (
+        ScoreModel(params=reward, shift=jnp.mean(scores), scale=jnp.std(scores)),
+        ScoreModel(params=cost, shift=none, scale=jnp.std(jax.nn.sigmoid(harms))),
+    )
 
 
 def make_reward(model: Model):
