@@ -97,6 +97,7 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
     with Run(config.runs, config, stem=stem, name=config.name, resume=config.resume, exclude=LAUNCH[2:]) as run:
         print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
         statistics = experiment(config, run, StageCache(config.cache and config.cache / "stages"))
+        run.write_json("statistics.json", {name: float(value) for name, value in statistics.items()})
         seconds = round(time.time() - start, 1)
         rows = judge(
             claims, {config.seed: statistics}, world=config.label, config_hash=digest, commit=commit(), seconds=seconds

@@ -68,7 +68,7 @@ few, some = FitConfig(num_steps=50), RLConfig(num_iterations=5)
 SCALES = {
     "smoke": Config(scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, pretraining=few,
                     fine_tuning=few, preference=few, plain=some, constrained=some,
-                    multiplier=MultiplierConfig(limit=0.3)),
+                    multiplier=MultiplierConfig(limit=0.3, learning_rate=1e-3)),
     "cpu": Config(),
 }  # fmt: skip
 CLAIMS = [
