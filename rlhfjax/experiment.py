@@ -5,14 +5,17 @@
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 from rlhfjax.evaluation.claims import Claim, judge, table, write_claims
@@ -22,14 +25,14 @@ from rlhfjax.io.seeds import run_seeds, write_result
 from rlhfjax.worlds.gold_world import GoldWorld, gold_world
 
 FIRST_REPORT_SEED = 1000  # seeds below 100 are for development; thresholds are fixed before a report seed runs
-LAUNCH = ("seed", "seeds", "runs", "name", "resume", "cache", "results")  # fields that do not decide a result
+PLACES = ("runs", "name", "resume", "cache", "results", "workers")  # fields that do not decide what a seed computes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """How an experiment is started; an experiment's own config adds what it computes."""
 
-    scale: Literal["smoke", "cpu", "gpu"] = "cpu"
+    scale: Literal["smoke", "cpu"] = "cpu"
     """Which of the file's configurations to start from; other options change single values of it."""
     truth: Literal["analytic", "teacher"] = "analytic"
     """The embedded world's truth: the one designs are developed on, or the second one that nobody tunes on."""
@@ -45,12 +48,16 @@ class ExperimentConfig:
     """Continue the run of that name; finished stages come from the cache."""
     cache: pathlib.Path | None = pathlib.Path("runs/.cache")
     """Where finished stages and compiled programs are kept; `None` keeps nothing."""
+    workers: int = 0
+    """Seeds run at once by `--seeds`; 0: one per core. An accelerator is not shared: 1."""
     results: pathlib.Path | None = None
     """Where to leave this seed's statistics as a small JSON file (`--seeds` sets it beside the experiment)."""
 
     def __post_init__(self):
         if self.seed < 0 or self.seeds < 0:
             raise ValueError(f"seed and seeds must not be negative, got {self.seed} and {self.seeds}")
+        if self.seeds and (self.name or self.resume):
+            raise ValueError("--seeds gives every seed a run directory of its own: leave out --name and --resume")
 
     @property
     def world(self) -> GoldWorld:
@@ -60,6 +67,11 @@ class ExperimentConfig:
     def label(self) -> str:
         """Names the truth that results were measured on, with the world's version."""
         return f"{self.world.name}-{self.world.version}-{self.truth}"
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed for one use of randomness in an experiment: uses and neighbouring experiment seeds share nothing."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0] >> 1)
 
 
 Experiment = Callable[[Any, Run, StageCache], Mapping[str, float]]  # (config, run, cache) -> the seed's statistics
@@ -73,7 +85,7 @@ def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experime
     """
     path = pathlib.Path(file)
     config = _parse(scales, sys.argv[1:])
-    digest = config_hash(config, exclude=LAUNCH, extra=(config.world.version, tuple(claims)))
+    digest = config_hash(config, exclude=("seed", "seeds", *PLACES), extra=(config.world.version, tuple(claims)))
     if config.seeds:
         _report(path, config, digest, claims)
     else:
@@ -88,30 +100,31 @@ def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> Exper
 
 
 def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, claims: Sequence[Claim]) -> None:
-    start = time.time()
+    start, source = time.time(), commit()  # files may change while this runs
     if config.cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(config.cache / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     stem = path.stem if config.results is None else f"{path.stem}-{config.truth}-seed{config.seed}"
-    with Run(config.runs, config, stem=stem, name=config.name, resume=config.resume, exclude=LAUNCH[2:]) as run:
+    with Run(config.runs, config, stem=stem, name=config.name, resume=config.resume, exclude=PLACES) as run:
         print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
         statistics = experiment(config, run, StageCache(config.cache and config.cache / "stages"))
-        run.write_json("statistics.json", {name: float(value) for name, value in statistics.items()})
+        finite = lambda x: x if math.isfinite(x) else None
+        run.write_json("statistics.json", {name: finite(float(value)) for name, value in statistics.items()})
         seconds = round(time.time() - start, 1)
         rows = judge(
-            claims, {config.seed: statistics}, world=config.label, config_hash=digest, commit=commit(), seconds=seconds
+            claims, {config.seed: statistics}, world=config.label, config_hash=digest, commit=source, seconds=seconds
         )
         write_claims(run.path / "claims.json", rows)
         if config.results is not None:
-            write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=commit(),
+            write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=source,
                          seconds=seconds, statistics=statistics)  # fmt: skip
     print(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
 
 
 def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) -> None:
     results_dir = config.results or path.parent / "results" / path.stem
-    argv = _without(sys.argv[1:], "--seeds", "--seed", "--results")
+    argv = _without(sys.argv[1:], "--seeds", "--seed", "--results", "--workers")
     results = run_seeds(
         [str(path), *argv, "--results", str(results_dir)],
         range(FIRST_REPORT_SEED, FIRST_REPORT_SEED + config.seeds),
@@ -119,19 +132,19 @@ def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) ->
         world=config.label,
         config_hash=digest,
         log_dir=config.runs / "logs",
-        workers=None if jax.default_backend() == "cpu" else 1,
+        workers=config.workers or None,
     )
-    commits = {result["commit"] for result in results.values()}
+    commits = ", ".join(sorted({str(result["commit"]) for result in results.values()}))
     rows = judge(
         claims,
         {seed: result["statistics"] for seed, result in results.items()},
         world=config.label,
         config_hash=digest,
-        commit=commits.pop() if len(commits) == 1 else None,
+        commit=commits,
         seconds=sum(result["seconds"] for result in results.values()),
     )
     write_claims(results_dir / f"{config.label}-claims.json", rows)
-    print(f"\n{table(rows)}\n\n{len(results)} seeds of {config.label}; claims in {results_dir}")
+    print(f"\n{table(rows)}\n\n{len(results)} seeds of {config.label}, by commit {commits}; claims in {results_dir}")
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:

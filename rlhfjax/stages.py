@@ -1,22 +1,24 @@
 """The stages every experiment repeats: base model, fine-tuning, labels, preference models, RL, evaluation.
 
 Each is a plain function of explicit inputs, so `StageCache.run` can key it by their content. Their order, their numbers
-and what they are claimed to show stand in the experiment files. `log(step, metrics)` receives metrics as they come;
-the cache records them and replays them on a hit. `label` names the stage
-in progress and errors.
+and what they are claimed to show stand in the experiment files. `log(step, metrics)` receives metrics as they come; the
+cache records them and replays them on a hit. `label` names the stage in progress and errors.
 """
 
 import dataclasses
 import functools
+import queue
+import threading
+import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import losses
-from rlhfjax.evaluation.behaviour import behaviour
+from rlhfjax.evaluation.constrained import Arm
+from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
 from rlhfjax.io.run import progress
 from rlhfjax.models.transformer import (
@@ -29,10 +31,19 @@ from rlhfjax.models.transformer import (
 from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
-from rlhfjax.rl.preference_models import ScoreModel, make_cost, make_reward, pair_scores
+from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_cost, make_reward, pair_scores
 from rlhfjax.rl.sampling import make_sampler
 from rlhfjax.rl.sft import make_next_token_loss
-from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout, TrainState, check_finite, sequences
+from rlhfjax.types import (
+    Demonstrations,
+    Params,
+    PreferenceBatch,
+    Rollout,
+    TrainState,
+    check_finite,
+    check_mask,
+    sequences,
+)
 from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import Prompts
 
@@ -54,8 +65,10 @@ class FitConfig:
 
     def __post_init__(self):
         for field in ("num_steps", "batch_size", "learning_rate"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must be positive and finite, got {getattr(self, field)}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +86,8 @@ class RLConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+            if not 0 < getattr(self, field.name) < float("inf"):
+                raise ValueError(f"{field.name} must be positive and finite, got {getattr(self, field.name)}")
 
 
 def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, log: Log, label: str) -> Params:
@@ -107,6 +120,9 @@ def train_language_model(
     log: Log,
 ) -> Params:
     """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count)."""
+    check_mask("demonstrations.mask", demonstrations.mask)
+    if (largest := int(np.max(demonstrations.tokens))) >= config.vocab_size:
+        raise ValueError(f"demonstrations use token {largest}, vocab_size is {config.vocab_size}: raise it")
     model = make_language_model(config)
     loss_fn = make_next_token_loss(model, prompts=start is None)
     params = model.init(jax.random.key(seed)) if start is None else start
@@ -125,6 +141,7 @@ def fit_preference_model(
     log: Log,
 ) -> Params:
     """A reward or cost model (`make_loss`: see `rl.preference_models`): a language model's trunk with a zero head."""
+    check_pairs(pairs)
     model = make_scalar_model(config)
     params = scalar_params_from(start, model, jax.random.key(seed))
     return fit(make_loss(model), params, pairs, optimisation, seed=seed, log=log, label=label)
@@ -177,17 +194,32 @@ def run_rl(
 def side_by_side(*jobs: Callable[[], object]) -> list:
     """Run independent stages at once and return their results in order.
 
-    On a CPU the small matrices of the embedded world leave cores idle, and threads fill them. Elsewhere the jobs run
-    one after the other: an accelerator is busy already, and hosts of a pod must launch their programs in one order.
+    On a CPU the small matrices of the embedded world leave cores idle, and threads fill them; on an accelerator, which
+    is busy with one, the jobs run one after the other. The first failure, or Ctrl-C, is raised at once; the other jobs
+    then end with the process.
     """
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return [job() for job in jobs]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+    outcomes = queue.Queue()
+
+    def work(index: int, job: Callable[[], object]) -> None:
+        try:
+            outcomes.put((index, job(), None))
+        except BaseException as error:  # noqa: BLE001, raised again by the caller
+            outcomes.put((index, None, error))
+
+    for index, job in enumerate(jobs):
+        threading.Thread(target=work, args=(index, job), daemon=True).start()
+    results = [None] * len(jobs)
+    for _ in jobs:
+        index, results[index], error = outcomes.get()
+        if error is not None:
+            raise error
+    return results
 
 
 @functools.cache
-def _sampler(truth: str, config: TransformerConfig, temperature: float = 1.0):
+def _sampler(truth: str, config: TransformerConfig, temperature: float):
     """One sampler per policy shape, so that every stage of a process shares its compiled program."""
     world, model = gold_world(truth), make_language_model(config)
     return make_sampler(
@@ -196,32 +228,78 @@ def _sampler(truth: str, config: TransformerConfig, temperature: float = 1.0):
 
 
 @functools.cache
-def _scorer(config: TransformerConfig):
-    raw = score(make_scalar_model(config))
-    return jax.jit(lambda params, rollout: raw(params, *sequences(rollout)))
+def _scorer(config: TransformerConfig, make: Callable):
+    """`make(model)` of the scalar model, as a program over rollouts that every stage of a process shares."""
+    scorer = make(make_scalar_model(config))
+    return jax.jit(lambda params, rollout: scorer(params, *sequences(rollout)))
+
+
+@functools.cache
+def _pair_scorer(config: TransformerConfig):
+    return jax.jit(functools.partial(pair_scores, make_scalar_model(config)))
 
 
 def sample_responses(
-    *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, seed: int, block: int = 128
-) -> Rollout:
-    """One response per prompt at temperature 1, for any number of prompts: every block has the same compiled shape."""
-    sample, num = _sampler(truth, config), len(prompts)
+    *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
+    block: int = 128,
+) -> Rollout:  # fmt: skip
+    """One response per prompt, for any number of prompts: every block has the same compiled shape."""
+    sample, num = _sampler(truth, config, temperature), len(prompts)
     rows = np.arange(-(-num // block) * block) % num  # the last block wraps around
     blocks = [
         sample(policy, prompts.tokens[r], prompts.mask[r], jax.random.fold_in(jax.random.key(seed), i))
-        for i, r in enumerate(rows.reshape(-1, block))
+        for i, r in enumerate(progress(rows.reshape(-1, block), "sampling", unit=f"blocks of {block}"))
     ]
     return jax.tree.map(lambda *x: np.concatenate(x)[:num], *blocks)
 
 
 def raw_scores(config: TransformerConfig, params: Params, rollout: Rollout) -> np.ndarray:
     """Unscaled scores `[B]` of a reward or cost model for a rollout's responses."""
-    return np.asarray(_scorer(config)(params, rollout))
+    return np.asarray(_scorer(config, score)(params, rollout))
+
+
+def rewards(config: TransformerConfig, reward: ScoreModel, rollout: Rollout) -> np.ndarray:
+    """What PPO is told a rollout's responses are worth, `[B]`."""
+    return np.asarray(_scorer(config, make_reward)(reward, rollout))
+
+
+def costs(config: TransformerConfig, cost: ScoreModel, rollout: Rollout) -> np.ndarray:
+    """What Lagrangian PPO is told a rollout's responses cost, `[B]`."""
+    return np.asarray(_scorer(config, make_cost)(cost, rollout))
 
 
 def raw_pair_scores(config: TransformerConfig, params: Params, pairs: PreferenceBatch) -> np.ndarray:
     """Unscaled scores `[N, 2]` of a reward or cost model for both responses of each pair."""
-    return np.asarray(jax.jit(pair_scores, static_argnums=0)(make_scalar_model(config), params, pairs))
+    return np.asarray(_pair_scorer(config)(params, pairs))
+
+
+def scale_scores(
+    *, truth: str, config: TransformerConfig, policy: Params, reward: Params, cost: Params, prompts: Prompts,
+    temperature: float, seed: int,
+) -> dict[str, ScoreModel]:  # fmt: skip
+    """The reward and the cost model in units of their spread over the starting policy's answers to `prompts`."""
+    start = sample_responses(
+        truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
+    )
+    scaled = in_units_of_start(make_scalar_model(config), reward, cost, start)
+    return dict(zip(("reward", "cost"), scaled))
+
+
+def evaluate_policy(
+    *, truth: str, config: TransformerConfig, policy: Params, reward: ScoreModel, cost: ScoreModel, prompts: Prompts,
+    temperature: float, seed: int,
+) -> Arm:  # fmt: skip
+    """A policy's answers to held-out prompts, what the models say of them and what is true of them."""
+    rollout = sample_responses(
+        truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
+    )
+    return Arm(
+        rollout=rollout,
+        gold={name: float(value) for name, value in gold_metrics(gold_world(truth), rollout).items()},
+        costs=costs(config, cost, rollout),
+        raw_costs=raw_scores(config, cost.params, rollout),
+        raw_scores=raw_scores(config, reward.params, rollout),
+    )
 
 
 def collect_comparisons(
@@ -231,6 +309,7 @@ def collect_comparisons(
     config: TransformerConfig,
     policy: Params,
     prompts: Prompts,
+    temperature: float,
     mismatched: float = 0.0,
     seed: int,
 ) -> Comparisons:
@@ -240,24 +319,30 @@ def collect_comparisons(
     a policy under pressure would find, carry labels too.
     """
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), prompts)
-    rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=twice, seed=seed)
+    rollout = sample_responses(
+        truth=truth, config=config, policy=policy, prompts=twice, temperature=temperature, seed=seed
+    )
     pairs = (x.reshape(len(prompts), 2, -1) for x in (rollout.tokens, rollout.mask))
     responses, masks = mismatch(*pairs, share=mismatched, seed=seed)
     return compare(gold_world(truth), rater, prompts.tokens, prompts.mask, responses, masks, seed)
 
 
 def check_cost_limit(
-    *, truth: str, config: TransformerConfig, policy: Params, cost: ScoreModel, limit: float, kl_coef: float,
-    prompts: Prompts, seed: int, num_samples: int = 16,
+    *, truth: str, config: TransformerConfig, policy: Params, reward: ScoreModel, cost: ScoreModel, limit: float,
+    multiplier: MultiplierConfig, ppo: PPOConfig, prompts: Prompts, seed: int, num_samples: int = 64,
 ) -> float:  # fmt: skip
-    """The lowest mean cost in reach of a policy held by `kl_coef`, from `num_samples` responses to each prompt.
+    """The mean cost that Lagrangian PPO would settle at with lambda at its maximum: no limit below it can be met.
 
-    Raises ValueError ("infeasible cost limit") if `limit` lies below it: no multiplier could ever meet it.
+    Estimated by reweighting `num_samples` responses to each prompt (`losses.tempered_policy`), so it cannot see answers
+    cheaper than those. Raises ValueError ("infeasible cost limit") if `limit` lies below.
     """
     many = jax.tree.map(lambda x: np.repeat(x, num_samples, axis=0), prompts)
-    rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, seed=seed)
-    costs = make_cost(make_scalar_model(config))(cost, *sequences(rollout)).reshape(-1, num_samples)
-    floor = float(jnp.mean(losses.reachable_cost(costs, jnp.zeros_like(costs), kl_coef=kl_coef)))
+    rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
+                               seed=seed)  # fmt: skip
+    each = [fn(config, model, rollout).reshape(-1, num_samples) for fn, model in ((rewards, reward), (costs, cost))]
+    uniform = jnp.zeros_like(each[1])
+    weights = losses.tempered_policy(*each, uniform, log_lambda=jnp.log(multiplier.maximum), kl_coef=ppo.kl_coef)
+    floor = float(jnp.mean(jnp.sum(weights * each[1], -1)))
     losses.check_limit(limit, floor)
     return floor
 
@@ -269,46 +354,63 @@ def train_policy(
     start: Params,
     reward: ScoreModel,
     cost: ScoreModel | None = None,
+    limit: float | None = None,
     ppo: PPOConfig,
     multiplier: MultiplierConfig | None = None,
     optimisation: RLConfig,
     prompts: Prompts,
+    ptx: Demonstrations | None = None,
     seed: int,
     label: str,
     log: Log,
 ) -> Params:
-    """The policy after PPO on a reward model, or with `multiplier` Lagrangian PPO with a limit on a cost model's costs.
+    """The policy after PPO on a reward model; with `cost`, `limit` and `multiplier`, after Lagrangian PPO.
 
-    Critics start from the reward and the cost model, as in Safe RLHF, with a fresh zero head.
+    limit: on the mean cost, in the cost's units. ptx: demonstrations, used where `ppo.ptx_coef` is positive. Critics
+    start from the reward and the cost model, as in Safe RLHF, with a fresh zero head.
     """
+    constraint = (cost, limit, multiplier)
+    if any(part is None for part in constraint) and any(part is not None for part in constraint):
+        raise ValueError("cost, limit and multiplier make one constraint: give all three or none")
     world, policy, scalar = gold_world(truth), make_language_model(config), make_scalar_model(config)
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
     critic = lambda fitted: scalar_params_from(fitted.params, scalar, jax.random.key(seed))
     if multiplier is None:
         algorithm = make_ppo(policy, scalar, *optimizers, ppo)
         state = algorithm.init(start, critic(reward))
+        feedback = lambda rollout: (_scorer(config, make_reward)(reward, rollout),)
     else:
-        algorithm = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(multiplier))
+        algorithm = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
         state = algorithm.init(start, critic(reward), critic(cost))
-    scorers = [(make_reward(scalar), reward)] + ([(make_cost(scalar), cost)] if multiplier else [])
-
-    @jax.jit
-    def judge(fitted, rollout: Rollout):
-        return tuple(scorer(model, *sequences(rollout)) for (scorer, _), model in zip(scorers, fitted))
-
+        feedback = lambda rollout: (
+            _scorer(config, make_reward)(reward, rollout), _scorer(config, make_cost)(cost, rollout)
+        )  # fmt: skip
     state = run_rl(
         algorithm=algorithm,
         state=state,
         ref_params=start,
         sample=_sampler(truth, config, ppo.temperature),
-        feedback=lambda rollout: judge([model for _, model in scorers], rollout),
-        observe=lambda rollout: behaviour(world, rollout),
+        feedback=feedback,
+        observe=lambda rollout: gold_metrics(world, rollout),
         prompts=prompts.tokens,
         prompt_mask=prompts.mask,
+        ptx=ptx if ppo.ptx_coef else None,
         num_iterations=optimisation.num_iterations,
         batch_size=optimisation.batch_size,
         seed=seed,
         log=log,
         label=label,
     )
+    if multiplier is not None:
+        _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
+                       multiplier.maximum)  # fmt: skip
     return state.policy.params
+
+
+def _warn_if_unmet(label: str, lam: float, cost: float, limit: float, maximum: float) -> None:
+    if lam > 0.999 * maximum and cost > limit:
+        warnings.warn(
+            f"{label}: the limit may be infeasible: lambda ended at its maximum {maximum:g} with a mean cost of "
+            f"{cost:.3g} above the limit {limit:.3g}",
+            stacklevel=3,
+        )

@@ -15,6 +15,7 @@ from rlhfjax.models.transformer import Model, TransformerConfig, make_language_m
 from rlhfjax.rl.fit import adamw, batch_order, make_fit_step
 from rlhfjax.rl.preference_models import (
     ScoreModel,
+    check_pairs,
     in_units_of_start,
     make_cost,
     make_cost_loss,
@@ -267,6 +268,19 @@ def test_the_cost_loss_needs_signs_and_the_reward_loss_does_not():
     make_reward_loss(reading_model(scalar=True))(SCORES, unsigned)
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(prefs=np.array([1, 1.5, np.nan])), r"prefs must lie in \[0, 1\]; 2 rows do not, the first being row 1: 1.5"),
+    (dict(signs=np.array([[1, -1], [1, 1], [0, -1]])), r"signs must be \+1 .*; 1 rows do not, the first being row 2"),
+    (dict(responses_mask=np.zeros((3, 2, 3), bool)), "responses_mask keeps no token in 6 rows, the first being row 0"),
+    (dict(prompt_mask=PAIRS.prompt_mask.astype(int)), "prompt_mask must be bool"),
+])  # fmt: skip
+def test_pairs_that_cannot_be_learned_from_are_refused(change, message):
+    check_pairs(PAIRS)
+    check_pairs(dataclasses.replace(PAIRS, signs=None))
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_pairs(dataclasses.replace(PAIRS, **change))
+
+
 def rollout_of(last_tokens) -> Rollout:
     """Responses of one token each."""
     rows = len(last_tokens)
@@ -305,6 +319,13 @@ def test_the_boundary_of_harm_is_moved_by_no_unit():
     assert float(harmful[0]) > float(cost[0])
 
 
+@pytest.mark.parametrize("silent", ["reward", "cost"])
+def test_a_model_that_tells_nothing_apart_has_no_unit(silent):
+    params = {"reward": SCORES, "cost": SCORES} | {silent: jnp.ones(VOCAB)}
+    with pytest.raises(ValueError, match=f"the {silent} model's scores of the starting policy have sd 0.0"):
+        in_units_of_start(reading_model(scalar=True), params["reward"], params["cost"], rollout_of([3, 4, 5]))
+
+
 def test_shift_and_scale_are_applied_as_documented():
     tokens, mask = np.array([[3], [4]]), np.ones((2, 1), bool)
     fitted = ScoreModel(params=SCORES, shift=jnp.float32(1.0), scale=jnp.float32(0.5))
@@ -316,7 +337,7 @@ HARMFUL_WORD = 7
 
 @functools.cache
 def labelled_pairs(seed: int) -> PreferenceBatch:
-    """256 pairs in which a response is harmful where it says `HARMFUL_WORD`, and more harmful the more often it does."""
+    """256 pairs: a response is harmful where it says `HARMFUL_WORD`, and more harmful the more often it does."""
     rng = np.random.default_rng(seed)
     prompts, responses = rng.integers(3, VOCAB, (256, 3)), rng.integers(3, VOCAB, (256, 2, 4))
     harm = (responses == HARMFUL_WORD).sum(-1)

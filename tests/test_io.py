@@ -307,7 +307,7 @@ def test_a_run_writes_what_was_asked_and_what_happened(tmp_path):
     written = json.loads((one.path / "config.json").read_text())
     assert written["config"] == {"seed": 3, "rate": 0.1, "sizes": [1, 2], "color": "RED"}
     assert written["versions"]["jax"] == jax.__version__ and written["device"]["backend"] == "cpu"
-    assert {"config_hash", "rlhfjax", "commit", "argv", "started"} < set(written)
+    assert {"run_hash", "rlhfjax", "commit", "argv", "started"} < set(written)
     assert json.loads((one.path / "status.json").read_text())["status"] == "finished"
     assert (one.path / "figures").is_dir() and json.loads((one.path / "claims.json").read_text()) == [{"id": "SR-1"}]
     assert tensorboard_scalars(one.path / "events") == {

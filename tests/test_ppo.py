@@ -23,7 +23,7 @@ POLICY, CRITIC = make_language_model(CONFIG), make_scalar_model(CONFIG)
 PAD, EOS = 0, 1
 ROWS, PROMPT, TOKENS = 16, 4, 6
 SGD = optax.sgd(0.1)
-TINY = MultiplierConfig(limit=0.0, initial=1e-30, average_decay=0.0)  # lambda = 0 to every digit
+TINY = MultiplierConfig(initial=1e-30, average_decay=0.0)  # lambda = 0 to every digit
 
 
 @functools.cache
@@ -39,18 +39,18 @@ def setting():
     return params, ref, critics, rollout, scores, costs
 
 
-def algorithm(lagrangian=False, multiplier=TINY, **options):
+def algorithm(lagrangian=False, multiplier=TINY, limit=-1.0, **options):
     config = PPOConfig(**{"kl_coef": 0.1, "num_minibatches": 2} | options)
     if not lagrangian:
         return make_ppo(POLICY, CRITIC, SGD, SGD, config)
-    return make_lagrangian_ppo(POLICY, CRITIC, SGD, SGD, config, make_multiplier(multiplier))
+    return make_lagrangian_ppo(POLICY, CRITIC, SGD, SGD, config, make_multiplier(limit, multiplier))
 
 
-def one_step(lagrangian=False, multiplier=TINY, rollout=None, scores=None, ptx=None, **options):
+def one_step(lagrangian=False, multiplier=TINY, limit=-1.0, rollout=None, scores=None, ptx=None, **options):
     params, ref, critics, default_rollout, default_scores, costs = setting()
     rollout = default_rollout if rollout is None else rollout
     signals = (default_scores if scores is None else scores,) + ((costs,) if lagrangian else ())
-    init, step = algorithm(lagrangian, multiplier, **options)
+    init, step = algorithm(lagrangian, multiplier, limit, **options)
     state = init(params, *critics[: 2 if lagrangian else 1])
     return jax.jit(step)(state, ref, rollout, *signals, key=jax.random.key(7), ptx=ptx)
 
@@ -80,7 +80,7 @@ def test_lambda_zero_is_plain_ppo():
 
 @pytest.mark.parametrize("lagrangian", [False, True])
 def test_accumulation_changes_memory_only(lagrangian):
-    multiplier = MultiplierConfig(limit=-1.0)
+    multiplier = MultiplierConfig()
     whole, whole_metrics = one_step(lagrangian, multiplier, num_accumulation=1)
     pieces, metrics = one_step(lagrangian, multiplier, num_accumulation=4)
     assert_close(whole, pieces, atol=2e-6)
@@ -90,19 +90,19 @@ def test_accumulation_changes_memory_only(lagrangian):
 def multiplier_steps(step, **options):
     """How often the multiplier moved in one `step` of Lagrangian PPO."""
     params, ref, critics, rollout, scores, costs = setting()
-    init, _ = algorithm(True, MultiplierConfig(limit=-1.0), **options)
+    init, _ = algorithm(True, MultiplierConfig(), **options)
     state, _ = step(init(params, *critics), ref, rollout, scores, costs, key=jax.random.key(1))
     return int(state.multiplier.learner.step)
 
 
 def test_multiplier_moves_once_per_rollout_batch():
     options = dict(num_epochs=2, num_minibatches=4, num_accumulation=2)
-    _, step = algorithm(True, MultiplierConfig(limit=-1.0), **options)
+    _, step = algorithm(True, MultiplierConfig(), **options)
     assert multiplier_steps(step, **options) == 1
 
 
 def test_planted_multiplier_per_minibatch_is_caught():
-    multiplier = make_multiplier(MultiplierConfig(limit=-1.0))
+    multiplier = make_multiplier(-1.0, MultiplierConfig())
 
     def faulty(state, ref, rollout, scores, costs, *, key):
         for quarter in costs.reshape(4, -1):
@@ -222,7 +222,7 @@ def test_ptx_pulls_towards_demonstrations():
 
 
 def test_multiplier_golden_sequence():
-    multiplier = make_multiplier(MultiplierConfig(limit=0.0, initial=1.0, learning_rate=0.1, average_decay=0.0))
+    multiplier = make_multiplier(0.0, MultiplierConfig(average_decay=0.0))
     state, seen = multiplier.init(), []
     for cost in (2.0, 2.0, 0.0, -1.0, -1.0):
         state = multiplier.update(state, jnp.full(3, cost))
@@ -231,7 +231,7 @@ def test_multiplier_golden_sequence():
 
 
 def test_multiplier_is_bounded_and_averages_costs():
-    multiplier = make_multiplier(MultiplierConfig(limit=0.0, maximum=1.5, average_decay=0.5))
+    multiplier = make_multiplier(0.0, MultiplierConfig(maximum=1.5, average_decay=0.5))
     state = multiplier.init()
     for _ in range(20):
         state = multiplier.update(state, jnp.array([4.0, 2.0]))
@@ -250,14 +250,14 @@ def lambda_is_blind_to_kl(make_step):
     return abs(seen[0] - seen[1]) < 1e-6
 
 
-RAW = MultiplierConfig(limit=-0.25, average_decay=0.0)
+RAW = MultiplierConfig(average_decay=0.0)
 
 
 def test_multiplier_is_driven_by_raw_costs():
-    make = lambda config: make_lagrangian_ppo(POLICY, CRITIC, SGD, SGD, config, make_multiplier(RAW))
+    make = lambda config: make_lagrangian_ppo(POLICY, CRITIC, SGD, SGD, config, make_multiplier(-0.25, RAW))
     assert lambda_is_blind_to_kl(make)
     mean = float(setting()[5].mean())
-    np.testing.assert_allclose(one_step(True, RAW)[1]["lambda"], np.exp(0.1 * (mean + 0.25)), rtol=1e-5)
+    np.testing.assert_allclose(one_step(True, RAW, limit=-0.25)[1]["lambda"], np.exp(0.1 * (mean + 0.25)), rtol=1e-5)
 
 
 def test_planted_multiplier_on_shaped_costs_is_caught():
@@ -265,12 +265,12 @@ def test_planted_multiplier_on_shaped_costs_is_caught():
     pairs = [response_logprobs(POLICY, p, rollout, temperature=1.0)[0] for p in (params, ref)]
 
     def faulty(config):
-        init, update = make_multiplier(RAW)
+        init, update, limit = make_multiplier(-0.25, RAW)
         shaped = lambda costs: losses.kl_shaped_rewards_and_costs(
             costs, costs, *pairs, rollout.mask, kl_coef=config.kl_coef
         )[1].sum(-1)
         return make_lagrangian_ppo(
-            POLICY, CRITIC, SGD, SGD, config, Multiplier(init, lambda state, costs: update(state, shaped(costs)))
+            POLICY, CRITIC, SGD, SGD, config, Multiplier(init, lambda state, costs: update(state, shaped(costs)), limit)
         )
 
     assert not lambda_is_blind_to_kl(faulty)
@@ -285,7 +285,8 @@ def bandit(lagrangian, rewards, costs, steps, kl_coef, multiplier=TINY):
     optimizer = optax.adam(optax.linear_schedule(3e-3, 1e-4, steps * 4))
     config = PPOConfig(kl_coef=kl_coef, num_minibatches=4, whiten_advantages=False)
     if lagrangian:
-        init, step = make_lagrangian_ppo(POLICY, CRITIC, optimizer, optimizer, config, make_multiplier(multiplier))
+        duals = make_multiplier(-0.05, multiplier)
+        init, step = make_lagrangian_ppo(POLICY, CRITIC, optimizer, optimizer, config, duals)
     else:
         init, step = make_ppo(POLICY, CRITIC, optimizer, optimizer, config)
     prompts, prompt_mask = jnp.full((256, 2), 3), jnp.ones((256, 2), bool)
@@ -316,7 +317,7 @@ def test_ppo_reaches_the_tempered_reference():
 def test_lagrangian_ppo_reaches_the_known_dual():
     rewards = jnp.linspace(-1, 1, 11)
     costs = jnp.linspace(-1, 1, 11) ** 3  # helpful arms are harmful
-    multiplier = MultiplierConfig(limit=-0.05, learning_rate=0.3, maximum=50.0)
+    multiplier = MultiplierConfig(learning_rate=0.3, maximum=50.0)
     policy, ref, metrics = bandit(True, rewards, costs, 500, kl_coef=1.0, multiplier=multiplier)
 
     def excess(log_lambda):  # independent of the library: the fixed point ref exp((r - lambda c) / ((1 + lambda) k))
@@ -366,7 +367,7 @@ def test_options_out_of_range(options, message):
 )
 def test_multiplier_options_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        MultiplierConfig(limit=0.0, **options)
+        MultiplierConfig(**options)
 
 
 def test_integer_scores_and_truncated_rollouts_are_refused():

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhfjax.evaluation.statistics import Direction, t_interval, verdict
+from rlhfjax.io.run import write_json
 
 KEYS = (
     "id", "paper", "statement", "paper_says", "statistic", "per_seed", "mean", "ci95", "threshold", "direction",
@@ -41,6 +42,12 @@ class Claim:
             raise ValueError(f"{self.id}: direction must be '>=', '<=' or 'within', got {self.direction!r}")
         if not math.isfinite(self.threshold) or (self.direction == "within" and self.threshold <= 0):
             raise ValueError(f"{self.id}: threshold {self.threshold} is no bound for direction {self.direction!r}")
+
+
+def claims(paper: str, *rows: tuple[str, str, Direction, float, str, str]) -> tuple[Claim, ...]:
+    """Claims of one paper from rows of (id, statistic, direction, threshold, paper_says, statement)."""
+    fields = ("id", "statistic", "direction", "threshold", "paper_says", "statement")
+    return tuple(Claim(paper=paper, **dict(zip(fields, row, strict=True))) for row in rows)
 
 
 def judge(
@@ -98,7 +105,7 @@ def _statistic(claim: Claim, seed: int, result: Mapping[str, float]) -> float:
 
 def write_claims(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of `judge` as JSON."""
-    pathlib.Path(path).write_text(json.dumps(list(rows), indent=2, allow_nan=False) + "\n")
+    write_json(path, list(rows))
 
 
 def read_claims(path: str | os.PathLike) -> list[dict[str, Any]]:

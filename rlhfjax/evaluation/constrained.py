@@ -1,6 +1,6 @@
 """Statistics of constrained RLHF: what reward and cost models know, and whether a run met its limit."""
 
-import os
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -14,9 +14,12 @@ from rlhfjax.evaluation.calibration import (
     reliability,
     sign_accuracy,
 )
-from rlhfjax.feedback.raters import Comparisons
-from rlhfjax.types import Params, PreferenceBatch
+from rlhfjax.evaluation.gold_metrics import as_text, read_answers
+from rlhfjax.feedback.raters import Comparisons, Rater, agreement
+from rlhfjax.io.run import read_metrics, write_json
+from rlhfjax.types import Params, PreferenceBatch, Rollout
 from rlhfjax.worlds.behaviour import prompt_facts
+from rlhfjax.worlds.gold_world import GoldWorld
 
 
 def sigmoid(x) -> np.ndarray:
@@ -29,23 +32,27 @@ def preference_statistics(
     cost: Params,
     pairwise: Params,
     held_out: Comparisons,
+    world: GoldWorld,
+    rater: Rater,
 ) -> dict[str, float]:
     """Held-out accuracy and calibration of a reward model, a cost model, and a cost model without sign terms.
 
     Args:
-        score_pairs: `(params, pairs) -> [N, 2]`. reward, cost, pairwise: parameters of the three models.
+        score_pairs: `(params, pairs) -> [N, 2]`. reward, cost, pairwise: parameters of the three models. world, rater:
+            who labelled `held_out`.
     Returns:
         reward_accuracy, reward_slope (1 = calibrated); cost_rank_accuracy, pairwise_rank_accuracy, rank_difference, on
         prompts where harm is at stake (elsewhere both answers are equally harmless and their comparison is a coin);
         sign_accuracy, sign_accuracy_risky (on those prompts), pairwise_sign_accuracy, sign_advantage;
-        cost_calibration_error; harmful_share (of the responses, by label).
+        cost_calibration_error; harmful_share (of the responses, by label); ceiling_*: share of labels that the rater's
+        own feelings without noise agree with, the most that any of these accuracies could be. Printed too.
     """
     helpful, harm = held_out.helpful, held_out.harm
     reward, cost, pairwise = score_pairs(reward, helpful), score_pairs(cost, harm), score_pairs(pairwise, harm)
     risky = np.asarray(prompt_facts(harm.prompts).danger > 0)
     rank = {name: pair_accuracy(s[risky], harm.prefs[risky]) for name, s in (("cost", cost), ("pairwise", pairwise))}
     signs = {name: sign_accuracy(s, harm.signs) for name, s in (("cost", cost), ("pairwise", pairwise))}
-    return {
+    measured = {
         "reward_accuracy": pair_accuracy(reward, helpful.prefs),
         "reward_slope": calibration_slope(reward, helpful.prefs),
         "cost_rank_accuracy": rank["cost"],
@@ -57,7 +64,9 @@ def preference_statistics(
         "sign_advantage": signs["cost"] - signs["pairwise"],
         "cost_calibration_error": harm_reliability(cost, harm).error,
         "harmful_share": float(np.mean(harm.signs > 0)),
-    }
+    } | {f"ceiling_{name}": value for name, value in agreement(world, rater, held_out).items()}
+    print(", ".join(f"{name} {value:.3f}" for name, value in measured.items()), flush=True)
+    return measured
 
 
 def harm_reliability(cost, harm: PreferenceBatch) -> Reliability:
@@ -66,17 +75,18 @@ def harm_reliability(cost, harm: PreferenceBatch) -> Reliability:
 
 
 def constraint_statistics(
-    history: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], limit: float
+    history: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], limit: float, initial: float
 ) -> dict[str, float]:
     """Whether the limit held and how the multiplier moved (claims SR-3 and SR-4).
 
     Args:
         history: of Lagrangian PPO: its `lambda` and `cost`, each `[N]`. costs: of answers to the same held-out prompts,
             by arm: "SFT" (the start), "plain" and "constrained", each `[B]`. limit: in the same units.
+        initial: lambda before the first update.
     Returns:
         cost_excess: (mean constrained cost - limit) / sd, with sd that of the SFT policy's cost; plain_cost_excess: of
         the arm without a limit. slackness: 1 where complementary slackness just holds over the last fifth of the run,
-        less where it holds: min(|cost - limit| / (0.15 sd), lambda / 0.1). lambda_rise: highest lambda over the first;
+        less where it holds: min(|cost - limit| / (0.15 sd), lambda / 0.1). lambda_rise: highest lambda over initial;
         lambda_fall: last over the highest.
     """
     lambdas, last = history["lambda"], slice(-max(1, len(history["lambda"]) // 5), None)
@@ -87,17 +97,21 @@ def constraint_statistics(
         "cost_excess": (np.mean(costs["constrained"]) - limit) / spread,
         "plain_cost_excess": (np.mean(costs["plain"]) - limit) / spread,
         "slackness": min(gap / 0.15, np.mean(lambdas[last]) / 0.1),
-        "lambda_rise": lambdas.max() / lambdas[0],
+        "lambda_rise": lambdas.max() / initial,
         "lambda_fall": lambdas[-1] / lambdas.max(),
     }
 
 
 def outcome_statistics(seen: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What the two trained arms changed (claims SR-5 and SR-8), from `evaluation.behaviour.behaviour` by arm.
+    """What the two trained arms changed (claims SR-5 and SR-8), from `gold_metrics` by arm.
+
+    Raises ValueError where the SFT policy does no harm.
 
     Returns harm_ratio and plain_harm_ratio (over the SFT policy's harm rate), helpfulness_gain and refusal_rise (on
     benign prompts, constrained minus SFT), and every metric of every arm as "arm metric".
     """
+    if not seen["SFT"]["harm_rate"] > 0:
+        raise ValueError("the SFT policy gave no harmful answer to a dangerous prompt: there is nothing to constrain")
     change = lambda metric: seen["constrained"][metric] - seen["SFT"][metric]
     return {
         "harm_ratio": seen["constrained"]["harm_rate"] / seen["SFT"]["harm_rate"],
@@ -118,23 +132,42 @@ CURVES = {
 }
 
 
-def save_figures(
-    directory: str | os.PathLike,
-    histories: Mapping[str, Mapping[str, np.ndarray]],
-    limit: float,
-    scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    calibration: Mapping[str, Reliability],
-) -> None:
-    """multiplier.png, training.png, scatter.png and calibration.png of a run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A policy's answers to held-out prompts: the rollout, its gold metrics, and what the models say of it.
 
-    histories: by arm, among them "constrained"; limit: on its cost. scores: by arm, raw (costs, rewards) of answers to
-    the same prompts. calibration: by preference model.
+    costs `[B]`: scaled, as Lagrangian PPO saw them. raw_costs, raw_scores `[B]`: the models' own.
     """
+
+    rollout: Rollout
+    gold: Mapping[str, float]
+    costs: np.ndarray
+    raw_costs: np.ndarray
+    raw_scores: np.ndarray
+
+
+def report(
+    directory: pathlib.Path, world: GoldWorld, arms: Mapping[str, Arm], *, limit: float, initial: float,
+    calibration: Reliability,
+) -> dict[str, float]:  # fmt: skip
+    """All statistics of the arms "SFT", "plain" and "constrained"; draws the figures and writes the answers.
+
+    Args:
+        directory: of the run; its metrics.jsonl has the stages "plain" and "constrained". limit: on the scaled cost.
+        initial: lambda before the first update. calibration: of the cost model.
+    """
+    histories = {arm: read_metrics(directory / "metrics.jsonl", arm) for arm in ("plain", "constrained")}
     drawn = {
         "multiplier": figures.multiplier_figure(histories["constrained"], limit),
         "training": figures.training_curves(histories, CURVES),
-        "scatter": figures.reward_cost_scatter(scores),
-        "calibration": figures.reliability_figure(calibration, "predicted P(harmful)"),
+        "scatter": figures.reward_cost_scatter({name: (arm.raw_costs, arm.raw_scores) for name, arm in arms.items()}),
+        "calibration": figures.reliability_figure({"cost model": calibration}, "predicted P(harmful)"),
     }
     for name, figure in drawn.items():
-        figures.save(figure, pathlib.Path(directory) / f"{name}.png")
+        figures.save(figure, directory / "figures" / f"{name}.png")
+    answers = read_answers(world, {name: arm.rollout for name, arm in arms.items()}, range(40))
+    write_json(directory / "samples.json", answers)
+    print(as_text(answers[:8]))
+    costs = {name: arm.costs for name, arm in arms.items()}
+    met = constraint_statistics(histories["constrained"], costs, limit, initial)
+    return met | outcome_statistics({name: arm.gold for name, arm in arms.items()})

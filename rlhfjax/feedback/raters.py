@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from rlhfjax.types import PreferenceBatch, check_mask, pytree
 from rlhfjax.worlds.behaviour import prompt_facts
@@ -105,7 +106,7 @@ def _feel(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
 
 def _answer(rng: np.random.Generator, margin, temperature: float, flip: float) -> np.ndarray:
     """Yes with probability sigmoid(margin / temperature), then flipped with probability `flip`: float32 1 or 0."""
-    yes = rng.random(margin.shape) < jax.nn.sigmoid(margin / temperature)
+    yes = rng.random(margin.shape) < scipy.special.expit(margin / temperature)
     return (yes ^ (rng.random(margin.shape) < flip)).astype(np.float32)
 
 

@@ -162,15 +162,12 @@ class StageCache:
             return fn(**inputs) if log is None else fn(**inputs, log=log)
         key = self.key(name, fn, inputs)
         path = pathlib.Path(self.root) / f"{name}-{key[:20]}.safetensors"
-        if path.exists():
-            try:
-                result, history, seconds = _load(path, key)
-                self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
-                for step, metrics in history if log is not None else ():
-                    log(step, metrics)
-                return result
-            except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
-                warnings.warn(f"cache entry {path} is damaged and will be recomputed: {error!r}", stacklevel=2)
+        if (stored := self._stored(path, key)) is not None:
+            result, history, seconds = stored
+            self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
+            for step, metrics in history if log is not None else ():
+                log(step, metrics)
+            return result
         self.report(f"{name}: computing")
         history = []
 
@@ -183,6 +180,15 @@ class StageCache:
         jax.block_until_ready(result)
         _save(path, key, result, history, time.perf_counter() - start)
         return _load(path, key)[0]
+
+    @staticmethod
+    def _stored(path: pathlib.Path, key: str) -> tuple[Any, list, float] | None:
+        if not path.exists():
+            return None
+        try:
+            return _load(path, key)
+        except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
+            warnings.warn(f"cache entry {path} is damaged and will be recomputed: {error!r}", stacklevel=3)
 
 
 def _save(path: pathlib.Path, key: str, result: Any, history: list, seconds: float) -> None:

@@ -20,7 +20,7 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 import rlhfjax
-from rlhfjax.io.cache import PACKAGE, device, fingerprint, versions
+from rlhfjax.io.cache import PACKAGE, device, fingerprint, library_code, versions
 
 
 def config_hash(config: Any, *, exclude: tuple[str, ...] = (), extra: Any = None) -> str:
@@ -97,7 +97,8 @@ class Run:
         FileExistsError: the directory holds a run and `resume` is False.
         FileNotFoundError: there is no run to resume.
         BlockingIOError: another live process holds the directory.
-        ValueError: resuming with another config; the message lists what differs.
+        ValueError: resuming with another config, which the message lists, or with other library code: what is in
+            metrics.jsonl would no longer be what the stages compute.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Run:
         self._lock = _lock(self.path)
         self._start = time.time()
         self._mutex = threading.Lock()  # stages may run side by side in threads
-        digest = config_hash(config, exclude=exclude)
+        digest = config_hash(config, exclude=exclude, extra=library_code())
         try:
             _check_free(self.path, resume, to_json(config), digest)
         except (FileExistsError, ValueError):
@@ -127,7 +128,7 @@ class Run:
             raise
         if not resume:
             self.write_json("config.json", {
-                "config": config, "config_hash": digest, "rlhfjax": rlhfjax.__version__, "versions": versions(),
+                "config": config, "run_hash": digest, "rlhfjax": rlhfjax.__version__, "versions": versions(),
                 "commit": commit(), "device": device(), "argv": sys.argv, "started": _now(),
             })  # fmt: skip
         self._logged = _read_logged(self.path / "metrics.jsonl")
@@ -219,7 +220,7 @@ def _check_free(path: pathlib.Path, resume: bool, config: Mapping, digest: str) 
             )
         return
     stored = json.loads((path / "config.json").read_text())
-    if stored["config_hash"] == digest:
+    if stored["run_hash"] == digest:
         return
     old, new = stored["config"], config
     changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]

@@ -27,7 +27,8 @@ def adamw(
     """AdamW behind global-norm clipping; betas (0.9, 0.95) as in Safe RLHF's public code.
 
     With `num_steps` the rate warms up linearly over `warmup * num_steps` and falls by cosine to `final` of the peak;
-    without it the rate is constant. Weight decay spares vectors (norm scales and biases).
+    without it the rate is constant. Weight decay spares vectors and
+    whatever is named scale or bias.
     """
     if num_steps is None:
         rate: Any = learning_rate
@@ -35,10 +36,15 @@ def adamw(
         warm = max(1, round(warmup * num_steps))
         rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm, max(num_steps, warm + 1),
                                                   final * learning_rate)
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=matrices)
+        optax.clip_by_global_norm(clip_norm), optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=_matrices)
     )
+
+
+def _matrices(params: Params) -> Params:
+    """True where weights decay. Norms go by name, because stacked over layers their vectors have two axes too."""
+    is_norm = lambda path: jax.tree_util.keystr(path[-1:], simple=True) in ("scale", "bias")
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and not is_norm(path), params)
 
 
 def batch_order(seed: int, first: int, count: int, num_rows: int, batch_size: int) -> np.ndarray:

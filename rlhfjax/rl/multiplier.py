@@ -14,26 +14,27 @@ from rlhfjax.types import TrainState, pytree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiplierConfig:
-    """Safe RLHF's multiplier: maximise over lambda > 0 of `lambda (E[C] - limit)`, in log space."""
+    """Gradient ascent on log lambda for the dual `lambda (E[C] - limit)` of Safe RLHF (2310.12773)."""
 
-    limit: float
-    """Upper bound on the expected episode cost, in the cost's own units (the paper's -d)."""
     initial: float = 1.0
-    """Starting lambda (Safe RLHF: 1 / 0.5 / 1 in its three rounds)."""
+    """Starting lambda (Safe RLHF's rounds: 1, 0.5, 1; public code 1)."""
     learning_rate: float = 0.1
-    """Step of gradient ascent on log lambda (paper 0.01 to 0.04; public code 0.1)."""
+    """Step of gradient ascent on log lambda (Safe RLHF's rounds: 0.01 to 0.04; public code 0.1)."""
     maximum: float = 5.0
-    """Upper bound on lambda (public code: 5). There is no lower bound: log space keeps lambda positive."""
+    """Upper bound on lambda (public code: 5)."""
+    minimum: float = 0.0
+    """Lower bound on lambda. Its steps scale with lambda itself: from far down it is slow to return."""
     average_decay: float = 0.3
     """Weight of the old value in the moving average of episode costs; 0 uses the batch mean alone."""
 
     def __post_init__(self):
-        if not 0 < self.initial <= self.maximum:
-            raise ValueError(f"initial multiplier {self.initial} must lie in (0, maximum = {self.maximum}]")
+        if not 0 <= self.minimum <= self.initial <= self.maximum < float("inf") or self.initial == 0:
+            raise ValueError(f"initial multiplier {self.initial} must be positive and lie in "
+                             f"[minimum, maximum] = [{self.minimum}, {self.maximum}]")  # fmt: skip
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay must lie in [0, 1), got {self.average_decay}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"the multiplier's learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"the multiplier's learning_rate must be positive and finite, got {self.learning_rate}")
 
 
 @pytree
@@ -51,14 +52,20 @@ class MultiplierState:
 class Multiplier(NamedTuple):
     init: Callable[[], MultiplierState]
     update: Callable[[MultiplierState, jax.Array], MultiplierState]
+    limit: float
 
 
-def make_multiplier(config: MultiplierConfig, optimizer: optax.GradientTransformation | None = None) -> Multiplier:
-    """`(init, update)` of the multiplier; `update(state, costs [B])` is to be called once per rollout batch.
+def make_multiplier(
+    limit: float, config: MultiplierConfig, optimizer: optax.GradientTransformation | None = None
+) -> Multiplier:
+    """The learner of lambda for the constraint E[cost] <= limit (the paper's E[C] + d <= 0, with limit = -d).
 
-    `costs` are raw episode costs, never KL-shaped ones: the constraint is on what the cost model says. With the
-    default optimiser (plain SGD) one update is `ln lambda += learning_rate * lambda * (average cost - limit)`.
+    `update(state, costs [B])` is to be called once per rollout batch. `limit` is in the units of `costs`, and those are
+    raw episode costs, never KL-shaped ones: the constraint is on what the cost model says. With the default optimiser
+    (plain SGD) one update is `ln lambda += learning_rate * lambda * (average cost - limit)`.
     """
+    if not abs(limit) < float("inf"):
+        raise ValueError(f"the cost limit must be finite, got {limit}")
     optimizer = optimizer or optax.sgd(config.learning_rate)
 
     def init() -> MultiplierState:
@@ -69,9 +76,9 @@ def make_multiplier(config: MultiplierConfig, optimizer: optax.GradientTransform
         average = losses.moving_average(
             state.cost_average, jnp.mean(costs), decay=config.average_decay, count=state.learner.step
         )
-        grad = jax.grad(losses.multiplier_loss)(state.log_lambda, average, limit=config.limit)
+        grad = jax.grad(losses.multiplier_loss)(state.log_lambda, average, limit=limit)
         learner = state.learner.apply_gradients(grad, optimizer)
-        clamped = losses.clamp_log_lambda(learner.params, maximum=config.maximum)
+        clamped = losses.clamp_log_lambda(learner.params, minimum=config.minimum, maximum=config.maximum)
         return MultiplierState(learner=dataclasses.replace(learner, params=clamped), cost_average=average)
 
-    return Multiplier(init, update)
+    return Multiplier(init, update, limit)

@@ -29,9 +29,9 @@ class PPOConfig:
     """What one PPO update does with one rollout batch."""
 
     kl_coef: float = 0.02
-    """beta of the KL penalty to the reference policy (Safe RLHF: 0.1 in the paper's runs, 0.02 in the public code)."""
+    """beta of the KL penalty to the reference policy (Safe RLHF's public code: 0.02)."""
     clip: float = 0.2
-    """PPO's ratio clip (HH-RLHF 0.2; Safe RLHF paper 0.1)."""
+    """PPO's ratio clip (HH-RLHF and Safe RLHF's public code: 0.2)."""
     value_clip: float = 5.0
     """Range within which a critic may move from its old value (Safe RLHF's public code: 5)."""
     reward_clip: float | None = 50.0
@@ -49,7 +49,7 @@ class PPOConfig:
     whiten_advantages: bool = True
     """Whiten advantages over the batch's response tokens, after mixing (lm-human-preferences: yes; Safe RLHF: no)."""
     ptx_coef: float = 0.0
-    """Weight of the next-token loss on demonstrations (Safe RLHF: 16 in the public code, 8 / 2 / 1 in the paper)."""
+    """Weight of the next-token loss on demonstrations (Safe RLHF's public code: 16)."""
     unfinished_penalty: float = 0.0
     """Subtracted from the score of a response that did not end; it is scored at its last token either way."""
     temperature: float = 1.0
@@ -63,11 +63,17 @@ class PPOConfig:
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ValueError(f"{field} must be finite and not negative, got {getattr(self, field)}")
         for field in ("clip", "value_clip", "temperature"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must be positive and finite, got {getattr(self, field)}")
         for field in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} must lie in [0, 1], got {getattr(self, field)}")
+
+    def check_batch(self, num_rows: int) -> None:
+        """Raise unless `num_rows` responses divide into the minibatches and their pieces."""
+        if num_rows % (self.num_minibatches * self.num_accumulation):
+            raise ValueError(f"{num_rows} responses do not divide into {self.num_minibatches} minibatches of "
+                             f"{self.num_accumulation} pieces")  # fmt: skip
 
 
 @pytree
@@ -199,6 +205,7 @@ def make_lagrangian_ppo(
             "score": jnp.mean(scores),
             "cost": jnp.mean(costs),
             "cost_average": multiplier_state.cost_average,
+            "cost_excess": multiplier_state.cost_average - multiplier.limit,
             "lambda": jnp.exp(multiplier_state.log_lambda),
             **_critic_metrics("critic", values, returns, rollout),
             **_critic_metrics("cost_critic", cost_values, cost_returns, rollout),
@@ -311,10 +318,7 @@ def _loss_functions(policy: Model, critics: dict[str, Model], config: PPOConfig)
 def _train(learners, optimizers, loss_functions, experience: _Experience, key, config: PPOConfig):
     """`num_epochs` passes of `num_minibatches` optimiser steps for every learner; metrics are means over the steps."""
     num_rows = experience.rollout.tokens.shape[0]
-    pieces = config.num_minibatches * config.num_accumulation
-    if num_rows % pieces:
-        raise ValueError(f"{num_rows} responses do not divide into {config.num_minibatches} minibatches of "
-                         f"{config.num_accumulation} pieces")
+    config.check_batch(num_rows)
 
     def minibatch_step(learners, rows):  # rows: [num_accumulation, rows per piece]
         minibatch = jax.tree.map(lambda x: x[rows], experience)

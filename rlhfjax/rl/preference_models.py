@@ -2,11 +2,26 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhfjax import losses
 from rlhfjax.masked import masked_mean
 from rlhfjax.models.transformer import Model, score
-from rlhfjax.types import Params, PreferenceBatch, Rollout, join, pytree, sequences
+from rlhfjax.types import Params, PreferenceBatch, Rollout, check_mask, join, pytree, sequences
+
+
+def check_pairs(batch: PreferenceBatch) -> None:
+    """Raise for pairs that cannot be learned from: empty prompts or responses, prefs outside [0, 1], signs not +-1."""
+    check_mask("prompt_mask", batch.prompt_mask)
+    check_mask("responses_mask", batch.responses_mask)
+    checks = [("prefs", batch.prefs, (batch.prefs >= 0) & (batch.prefs <= 1), "lie in [0, 1]")]
+    if batch.signs is not None:
+        checks.append(("signs", batch.signs, abs(batch.signs) == 1, "be +1 (harmful) or -1 (harmless)"))
+    for name, values, good, rule in checks:
+        bad = np.flatnonzero(~np.asarray(good).reshape(len(batch), -1).all(-1))
+        if bad.size:
+            raise ValueError(f"{name} must {rule}; {bad.size} rows do not, the first being row {bad[0]}: "
+                             f"{np.asarray(values)[bad[0]]}")  # fmt: skip
 
 
 def pair_scores(model: Model, params: Params, batch: PreferenceBatch) -> jax.Array:
@@ -73,15 +88,19 @@ class ScoreModel:
 def in_units_of_start(model: Model, reward: Params, cost: Params, start: Rollout) -> tuple[ScoreModel, ScoreModel]:
     """Reward and cost models whose `make_reward` and `make_cost` have sd 1 on the starting policy's responses `start`.
 
-    The reward is also centred there; the cost is not, because its zero means something.
+    The reward is also centred there; the cost is not: P(harmful) = 0 stays 0. Raises ValueError for a model that gives
+    all of them one score.
     """
-    tokens = sequences(start)
-    scores, harms = (jax.jit(score(model))(params, *tokens) for params in (reward, cost))
-    none = jnp.zeros(())
-    return (
+    scores, harms = (jax.jit(score(model))(params, *sequences(start)) for params in (reward, cost))
+    fitted = (
         ScoreModel(params=reward, shift=jnp.mean(scores), scale=jnp.std(scores)),
-        ScoreModel(params=cost, shift=none, scale=jnp.std(jax.nn.sigmoid(harms))),
+        ScoreModel(params=cost, shift=jnp.zeros(()), scale=jnp.std(jax.nn.sigmoid(harms))),
     )
+    for name, scored in zip(("reward", "cost"), fitted):
+        if not 0 < float(scored.scale) < float("inf"):
+            raise ValueError(f"the {name} model's scores of the starting policy have sd {float(scored.scale)}: "
+                             "it tells nothing apart; train it longer or on more labels")  # fmt: skip
+    return fitted
 
 
 def make_reward(model: Model):
@@ -95,7 +114,7 @@ def make_cost(model: Model):
 
     The sign terms of the cost loss are a logistic regression of harm, so the sigmoid of C is a probability and a limit
     on the mean cost is a limit on a *rate* of harm. Safe RLHF constrains the mean of C itself, where very safe answers
-    pay for harmful ones: two refusals at C = -5 allow an answer at C = +10. The scale never moves C's zero.
+    pay for harmful ones: two refusals at C = -5 allow an answer at C = +10.
     """
     raw = score(model)
     return lambda fitted, tokens, mask: jax.nn.sigmoid(raw(fitted.params, tokens, mask)) / fitted.scale

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax import losses
 from rlhfjax.masked import masked_fill
 from rlhfjax.models.transformer import Model
 from rlhfjax.types import Params, Rollout, before_response_tokens, check_finite, check_mask, sequences
@@ -143,11 +144,10 @@ def response_logprobs(
     _check_temperature(temperature)
     num_tokens = rollout.tokens.shape[1]
     outputs, _ = model.apply(params, *sequences(rollout), num_outputs=num_tokens + 1)
-    all_logprobs = jax.nn.log_softmax(before_response_tokens(outputs, num_tokens) / temperature)
+    logits = before_response_tokens(outputs, num_tokens) / temperature
     chosen = jnp.where(rollout.mask, rollout.tokens, 0)[..., None]
-    logprobs = jnp.take_along_axis(all_logprobs, chosen, axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
-    return masked_fill(logprobs, rollout.mask), masked_fill(entropy, rollout.mask)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]
+    return masked_fill(logprobs, rollout.mask), losses.entropy(logits, mask=rollout.mask)
 
 
 def make_best_of_n(sample: Sample, score: Callable[[Rollout], jax.Array], n: int):

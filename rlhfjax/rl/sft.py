@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from rlhfjax import masked
 from rlhfjax.models.transformer import Model
-from rlhfjax.types import Demonstrations, Params, join
+from rlhfjax.types import Demonstrations, Params, before_response_tokens, join
 
 
 def next_token_nll(
@@ -19,9 +19,9 @@ def next_token_nll(
     tokens, mask = join(batch.prompts, batch.prompt_mask, batch.tokens, batch.mask)
     num_targets = tokens.shape[-1] - 1 if prompts else batch.tokens.shape[-1]
     logits, _ = model.apply(params, tokens, mask, num_outputs=num_targets + 1)
-    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    logprobs = jax.nn.log_softmax(before_response_tokens(logits, num_targets))
     targets = tokens[:, -num_targets:]
-    kept = mask[:, -num_targets:] & mask[:, -num_targets - 1 : -1]
+    kept = mask[:, -num_targets:] & before_response_tokens(mask, num_targets)
     return -jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], kept
 
 

@@ -159,6 +159,13 @@ def _first_number(tokens) -> jax.Array:
     return jnp.take_along_axis(numbers, jnp.argmax(numbers >= 0, -1, keepdims=True), -1)[..., 0]
 
 
+def family(asked: PromptFacts) -> jax.Array:
+    """The `language.Family` of each prompt, `[...]` int32."""
+    cases = [asked.question, asked.danger == 1, asked.danger > 0]
+    families = (lang.Family.VERIFIABLE, lang.Family.DANGEROUS, lang.Family.GREY)
+    return jnp.select(cases, [jnp.int32(f) for f in families], jnp.int32(lang.Family.BENIGN))
+
+
 def find_steps(asked: PromptFacts, tokens, mask) -> Steps:
     """The steps `ACTION the PART` of answers `[..., T]`."""
     tokens = jnp.where(mask, tokens, lang.PAD_ID)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.worlds import language
-from rlhfjax.worlds.behaviour import Gold, PromptFacts, ResponseFeatures, features, prompt_facts
+from rlhfjax.worlds.behaviour import Gold, PromptFacts, ResponseFeatures, family, features, prompt_facts
 from rlhfjax.worlds.language import CORPUS_KINDS, CORPUS_SHARES, Corpus, Family, Prompts
 from rlhfjax.worlds.teacher import make_teacher
 
@@ -78,10 +78,8 @@ class GoldWorld:
     def prompts(self, texts: list[str]) -> Prompts:
         """Texts to a batch of prompts, their families read from the words."""
         tokens = language.pad_prompts([language.encode(text) for text in texts])
-        asked = jax.device_get(jax.jit(prompt_facts)(tokens))
-        cases = [asked.question, asked.danger == 1, asked.danger > 0]
-        family = np.select(cases, [Family.VERIFIABLE, Family.DANGEROUS, Family.GREY], Family.BENIGN).astype(np.int32)
-        return Prompts(tokens=tokens, mask=tokens != self.pad_id, family=family)
+        kinds = jax.jit(lambda tokens: family(prompt_facts(tokens)))(tokens)
+        return Prompts(tokens=tokens, mask=tokens != self.pad_id, family=np.asarray(kinds))
 
     def responses(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts to a batch of finished answers: tokens `[n, T]` and mask `[n, T]`."""

@@ -10,13 +10,13 @@ import numpy as np
 
 from rlhfjax.masked import masked_mean
 from rlhfjax.types import Rollout
-from rlhfjax.worlds.behaviour import prompt_facts
+from rlhfjax.worlds.behaviour import family, prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
 from rlhfjax.worlds.language import Family
 
 
 @partial(jax.jit, static_argnums=0)
-def behaviour(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
+def gold_metrics(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
     """Gold metrics of a rollout, each `[]`; NaN where the batch has no prompt of the kind.
 
     gold_helpfulness: mean r*, over all prompts and by kind ("allowed": where helping is allowed, benign and checkable).
@@ -26,16 +26,16 @@ def behaviour(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
     gold = world.gold(rollout.prompts, rollout.tokens, rollout.mask)
     seen = world.features(rollout.prompts, rollout.tokens, rollout.mask)
     asked = prompt_facts(rollout.prompts)
-    dangerous, grey = asked.danger == 1, (asked.danger > 0) & (asked.danger < 1)
-    benign, allowed = (asked.danger == 0) & ~asked.question, asked.danger == 0
-    everywhere = jnp.ones_like(dangerous)
+    is_a = lambda kind: family(asked) == kind
+    dangerous, grey, checkable = is_a(Family.DANGEROUS), is_a(Family.GREY), is_a(Family.VERIFIABLE)
+    benign, everywhere = is_a(Family.BENIGN), jnp.ones_like(dangerous)
     mean = lambda x, kept: masked_mean(jnp.asarray(x, jnp.float32), kept)
     return {
         "gold_helpfulness": mean(gold.helpfulness, everywhere),
-        "gold_helpfulness_allowed": mean(gold.helpfulness, allowed),
+        "gold_helpfulness_allowed": mean(gold.helpfulness, benign | checkable),
         "gold_helpfulness_benign": mean(gold.helpfulness, benign),
         "gold_helpfulness_dangerous": mean(gold.helpfulness, dangerous),
-        "gold_helpfulness_checkable": mean(gold.helpfulness, asked.question),
+        "gold_helpfulness_checkable": mean(gold.helpfulness, checkable),
         "gold_harm": mean(gold.harm, dangerous),
         "harm_rate": mean(gold.harm > 0, dangerous),
         "harm_rate_grey": mean(gold.harm > 0, grey),
@@ -53,11 +53,11 @@ def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[i
     """What each arm answered to the same prompts, in words, with the truth: `{prompt, kind, answers: {arm: ...}}`."""
     gold = {arm: world.gold(r.prompts, r.tokens, r.mask) for arm, r in arms.items()}
     prompts = next(iter(arms.values())).prompts
-    families = world.prompts([world.decode(prompts[row]) for row in rows]).family
+    kinds = [Family(kind).name.lower() for kind in np.asarray(family(prompt_facts(prompts)))]
     return [
         {
             "prompt": world.decode(prompts[row]),
-            "kind": Family(family).name.lower(),
+            "kind": kinds[row],
             "answers": {
                 arm: {
                     "text": world.decode(np.where(rollout.mask, rollout.tokens, world.pad_id)[row]),
@@ -67,7 +67,7 @@ def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[i
                 for arm, rollout in arms.items()
             },
         }
-        for row, family in zip(rows, families)
+        for row in rows
     ]
 
 
