@@ -121,7 +121,7 @@ def train_language_model(
 ) -> Params:
     """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count)."""
     check_mask("demonstrations.mask", demonstrations.mask)
-    if (largest := int(np.max(demonstrations.tokens))) >= config.vocab_size:
+    if (largest := int(max(np.max(demonstrations.prompts), np.max(demonstrations.tokens)))) >= config.vocab_size:
         raise ValueError(f"demonstrations use token {largest}, vocab_size is {config.vocab_size}: raise it")
     model = make_language_model(config)
     loss_fn = make_next_token_loss(model, prompts=start is None)
@@ -331,18 +331,24 @@ def check_cost_limit(
     *, truth: str, config: TransformerConfig, policy: Params, reward: ScoreModel, cost: ScoreModel, limit: float,
     multiplier: MultiplierConfig, ppo: PPOConfig, prompts: Prompts, seed: int, num_samples: int = 64,
 ) -> float:  # fmt: skip
-    """The mean cost that Lagrangian PPO would settle at with lambda at its maximum: no limit below it can be met.
+    """The lowest mean cost that Lagrangian PPO settles at for any lambda it may take: no limit below it can be met.
 
-    Estimated by reweighting `num_samples` responses to each prompt (`losses.tempered_policy`), so it cannot see answers
-    cheaper than those. Raises ValueError ("infeasible cost limit") if `limit` lies below.
+    Estimated by reweighting `num_samples` responses to each prompt (`losses.tempered_policy`) at lambda = 0 and on a
+    grid up to its maximum; answers cheaper than those samples are not seen. Raises ValueError ("infeasible cost limit")
+    if `limit` lies below.
     """
     many = jax.tree.map(lambda x: np.repeat(x, num_samples, axis=0), prompts)
     rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
                                seed=seed)  # fmt: skip
     each = [fn(config, model, rollout).reshape(-1, num_samples) for fn, model in ((rewards, reward), (costs, cost))]
-    uniform = jnp.zeros_like(each[1])
-    weights = losses.tempered_policy(*each, uniform, log_lambda=jnp.log(multiplier.maximum), kl_coef=ppo.kl_coef)
-    floor = float(jnp.mean(jnp.sum(weights * each[1], -1)))
+
+    def mean_cost(log_lambda):
+        uniform = jnp.zeros_like(each[1])
+        weights = losses.tempered_policy(*each, uniform, log_lambda=log_lambda, kl_coef=ppo.kl_coef)
+        return jnp.mean(jnp.sum(weights * each[1], -1))
+
+    grid = jnp.concatenate([jnp.array([-jnp.inf]), jnp.log(multiplier.maximum * jnp.geomspace(1e-3, 1, 40))])
+    floor = float(jnp.min(jax.lax.map(mean_cost, grid)))
     losses.check_limit(limit, floor)
     return floor
 

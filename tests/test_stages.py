@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ NETWORK = TransformerConfig(vocab_size=len(WORDS), d_model=16, num_layers=1, num
 EQUAL = dict.fromkeys(Family, 0.25)
 WORLD, BLOCK = gold_world(), 16
 HERE = dict(truth="analytic", config=NETWORK)
+SAMPLING = HERE | dict(temperature=1.0)
 
 
 @functools.cache
@@ -45,10 +47,9 @@ def score_model(seed, shift=0.0, scale=1.0):
     return ScoreModel(params=params, shift=jnp.float32(shift), scale=jnp.float32(scale))
 
 
-def answers(num, seed=0, **other):
-    return stages.sample_responses(
-        **HERE, policy=policy(), prompts=prompts(num), seed=seed, block=BLOCK, **other
-    )
+def answers(num, seed=0, **change):
+    options = SAMPLING | dict(policy=policy(), prompts=prompts(num), seed=seed, block=BLOCK) | change
+    return stages.sample_responses(**options)
 
 
 def assert_same(a, b):
@@ -113,7 +114,7 @@ def test_fine_tuning_counts_responses_only_and_leaves_its_start_alone():
 
 
 def test_a_preference_model_starts_from_the_trunk_with_a_head_that_says_nothing():
-    labels = stages.collect_comparisons(**HERE, rater=Rater(), policy=policy(), prompts=prompts(16), seed=0)
+    labels = stages.collect_comparisons(**SAMPLING, rater=Rater(), policy=policy(), prompts=prompts(16), seed=0)
     start, log = policy(), Log()
     before = jax.tree.map(np.array, start)
     params = stages.fit_preference_model(
@@ -123,6 +124,22 @@ def test_a_preference_model_starts_from_the_trunk_with_a_head_that_says_nothing(
     assert log.column("loss") == [pytest.approx(math.log(2))]  # all scores 0: a coin
     assert_same({k: v for k, v in params.items() if k != "head"}, start)
     np.testing.assert_array_equal(stages.raw_pair_scores(NETWORK, params, labels.harm), np.zeros((16, 2)))
+
+
+def test_demonstrations_and_pairs_that_cannot_be_learned_from_are_refused_before_training():
+    demonstrations = WORLD.corpus(0, 16).demonstrations
+    few = FitConfig(num_steps=1, batch_size=16)
+    learn = functools.partial(stages.train_language_model, optimisation=few, seed=0, label="base", log=Log())
+    with pytest.raises(ValueError, match="demonstrations use token .*, vocab_size is 20: raise it"):
+        learn(config=dataclasses.replace(NETWORK, vocab_size=20), demonstrations=demonstrations)
+    empty = dataclasses.replace(demonstrations, mask=np.arange(16)[:, None] != np.full(18, 3))
+    with pytest.raises(ValueError, match="demonstrations.mask keeps no token in 1 rows, the first being row 3"):
+        learn(config=NETWORK, demonstrations=empty)
+    labels = stages.collect_comparisons(**SAMPLING, rater=Rater(), policy=policy(), prompts=prompts(16), seed=0)
+    with pytest.raises(ValueError, match="prefs must lie in"):
+        stages.fit_preference_model(
+            config=NETWORK, start=policy(), pairs=dataclasses.replace(labels.harm, prefs=labels.harm.prefs * 3 - 1),
+            make_loss=make_reward_loss, optimisation=few, seed=0, label="reward", log=Log())  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_stage_and_steps():
@@ -136,12 +153,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_stage_and_steps():
     (lambda: FitConfig(num_steps=0), "num_steps"),
     (lambda: FitConfig(num_steps=1, batch_size=-1), "batch_size"),
     (lambda: FitConfig(num_steps=1, learning_rate=math.nan), "learning_rate"),
+    (lambda: RLConfig(num_iterations=1, learning_rate=math.inf), "learning_rate"),
     (lambda: RLConfig(num_iterations=0), "num_iterations"),
     (lambda: RLConfig(num_iterations=1, batch_size=0), "batch_size"),
     (lambda: RLConfig(num_iterations=1, critic_learning_rate=0.0), "critic_learning_rate"),
 ])  # fmt: skip
 def test_what_must_be_positive_is_named(make, field):
-    with pytest.raises(ValueError, match=f"^{field} must be positive, got"):
+    with pytest.raises(ValueError, match=f"^{field} must be positive and finite, got"):
         make()
 
 
@@ -159,7 +177,7 @@ def test_any_number_of_prompts_runs_in_blocks_of_one_shape_and_none_is_answered_
         return Rollout(prompts=tokens, prompt_mask=mask, tokens=said, mask=said >= 0,
                        logprobs=np.zeros(said.shape), finished=rows >= 0)  # fmt: skip
 
-    monkeypatch.setattr(stages, "_sampler", lambda truth, config: sample)
+    monkeypatch.setattr(stages, "_sampler", lambda truth, config, temperature: sample)
     for num in (5, 16, 35):
         blocks.clear()
         rollout = answers(num)
@@ -176,38 +194,38 @@ def test_the_same_seed_gives_the_same_answers_however_many_prompts_follow():
     assert_same(rollout, answers(20))
     assert differ(rollout.tokens, answers(20, seed=1).tokens)
     first = jax.tree.map(lambda x: x[:BLOCK], prompts(20))
-    alone = stages.sample_responses(**HERE, policy=policy(), prompts=first, seed=0, block=BLOCK)
-    assert_same(jax.tree.map(lambda x: x[:BLOCK], rollout), alone)
-    assert differ(rollout.tokens[BLOCK:], rollout.tokens[:4])  # another block, another key
+    assert_same(jax.tree.map(lambda x: x[:BLOCK], rollout), answers(BLOCK, prompts=first))
 
 
 def test_scores_of_a_rollout_and_of_pairs_agree():
-    params = score_model(0).params
-    labels = stages.collect_comparisons(**HERE, rater=Rater(), policy=policy(), prompts=prompts(16), seed=0)
+    fitted = score_model(0, shift=0.5, scale=2.0)
+    params = fitted.params
+    labels = stages.collect_comparisons(**SAMPLING, rater=Rater(), policy=policy(), prompts=prompts(16), seed=0)
     pairs = stages.raw_pair_scores(NETWORK, params, labels.harm)
     assert pairs.shape == (16, 2)
     for side in range(2):
         tokens, mask = labels.harm.responses[:, side], labels.harm.responses_mask[:, side]
         rollout = Rollout(prompts=labels.harm.prompts, prompt_mask=labels.harm.prompt_mask, tokens=tokens, mask=mask,
                           logprobs=np.zeros(tokens.shape, np.float32), finished=mask[:, -1])  # fmt: skip
-        np.testing.assert_allclose(stages.raw_scores(NETWORK, params, rollout), pairs[:, side], rtol=1e-5, atol=1e-6)
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        same(stages.raw_scores(NETWORK, params, rollout), pairs[:, side])
+        same(stages.rewards(NETWORK, fitted, rollout), (pairs[:, side] - 0.5) / 2)
+        same(stages.costs(NETWORK, fitted, rollout), 1 / (1 + np.exp(-pairs[:, side])) / 2)
 
 
-CERTAIN = Rater(
-    temperature_helpful=1e-6, temperature_harm=1e-6, temperature_safe=1e-6, flip=0, style_bonus=0
-)
+CERTAIN = Rater(temperature_helpful=1e-6, temperature_harm=1e-6, temperature_safe=1e-6, flip=0, style_bonus=0)
 
 
 def test_comparisons_are_two_answers_of_the_policy_and_what_a_rater_thinks_of_them():
     asked = prompts(16)
-    labels = stages.collect_comparisons(**HERE, rater=CERTAIN, policy=policy(), prompts=asked, seed=3)
+    labels = stages.collect_comparisons(**SAMPLING, rater=CERTAIN, policy=policy(), prompts=asked, seed=3)
     helpful, harm = labels.helpful, labels.harm
     assert harm.responses.shape == harm.responses_mask.shape == (16, 2, WORLD.max_tokens)
     assert helpful.prefs.shape == harm.prefs.shape == (16,) and harm.signs.shape == (16, 2) and helpful.signs is None
     np.testing.assert_array_equal(harm.prompts, asked.tokens)
     np.testing.assert_array_equal(harm.responses, helpful.responses)
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), asked)
-    rollout = stages.sample_responses(**HERE, policy=policy(), prompts=twice, seed=3)
+    rollout = stages.sample_responses(**SAMPLING, policy=policy(), prompts=twice, seed=3)
     np.testing.assert_array_equal(harm.responses.reshape(32, -1), rollout.tokens)
     assert (harm.responses[:, 0] != harm.responses[:, 1]).any(-1).all()  # two answers, not one answer twice
 
@@ -221,7 +239,7 @@ def test_comparisons_are_two_answers_of_the_policy_and_what_a_rater_thinks_of_th
 
 def test_mismatched_pairs_get_the_second_answer_of_another_prompt():
     collect = functools.partial(
-        stages.collect_comparisons, **HERE, rater=CERTAIN, policy=policy(), prompts=prompts(16), seed=3
+        stages.collect_comparisons, **SAMPLING, rater=CERTAIN, policy=policy(), prompts=prompts(16), seed=3
     )
     own, mixed = collect().harm, collect(mismatched=0.5).harm
     np.testing.assert_array_equal(mixed.responses[:, 0], own.responses[:, 0])
@@ -234,21 +252,49 @@ def test_mismatched_pairs_get_the_second_answer_of_another_prompt():
 
 def test_a_cost_limit_out_of_reach_is_refused_with_both_numbers():
     check = functools.partial(
-        stages.check_cost_limit, **HERE, policy=policy(), cost=score_model(1, scale=0.5), prompts=prompts(8), seed=2,
-        kl_coef=0.4, num_samples=4)  # fmt: skip
+        stages.check_cost_limit, **HERE, policy=policy(), reward=score_model(0), cost=score_model(1, scale=0.5),
+        multiplier=MultiplierConfig(maximum=3.0), ppo=PPOConfig(kl_coef=0.8), prompts=prompts(8), seed=2,
+        num_samples=4)  # fmt: skip
     floor = check(limit=10.0)
 
     many = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), prompts(8))
-    rollout = stages.sample_responses(**HERE, policy=policy(), prompts=many, seed=2)
-    costs = 1 / (1 + np.exp(-stages.raw_scores(NETWORK, score_model(1).params, rollout))) / 0.5
-    weights = np.exp(-costs / (0.4 / 2)).reshape(8, 4)  # ref exp(-c / k), k = kl_coef / 2
-    expected = np.mean((weights * costs.reshape(8, 4)).sum(1) / weights.sum(1))
-    assert floor == pytest.approx(expected, rel=1e-4) and floor < costs.mean()
+    rollout = stages.sample_responses(**SAMPLING, policy=policy(), prompts=many, seed=2)
+    r = stages.raw_scores(NETWORK, score_model(0).params, rollout).reshape(8, 4)
+    c = 1 / (1 + np.exp(-stages.raw_scores(NETWORK, score_model(1).params, rollout).reshape(8, 4))) / 0.5
+    weights = np.exp((r - 3 * c) / (1 + 3) / (0.8 / 2))  # at the highest lambda, 3
+    assert floor == pytest.approx(np.mean((weights * c).sum(1) / weights.sum(1)), rel=1e-4)
 
     assert check(limit=floor + 1e-3) == floor
     limit = floor - 1e-3
     with pytest.raises(ValueError, match=re.escape(f"infeasible cost limit {limit:g}") + f".*{floor:g}"):
         check(limit=limit)
+
+
+def test_a_limit_that_help_alone_meets_is_not_refused(monkeypatch):
+    # Two answers to each prompt, the harmless one far more helpful: (r, c) = (10, 0) and (0, 1), and k = 2.
+    # Without pressure P(harm) = sigmoid(-10 / 2); at lambda = 5 it is sigmoid(-(10 + 5) / 6 / 2) = 0.22.
+    harm = np.tile([0, 1], 8).astype(np.float32)
+    monkeypatch.setattr(stages, "costs", lambda config, model, rollout: harm)
+    monkeypatch.setattr(stages, "rewards", lambda config, model, rollout: 10 * (1 - harm))
+    stages.check_cost_limit(
+        **HERE, policy=policy(), reward=score_model(0), cost=score_model(1), multiplier=MultiplierConfig(maximum=5.0),
+        ppo=PPOConfig(kl_coef=4.0), prompts=prompts(8), seed=0, num_samples=2, limit=0.1)  # fmt: skip
+
+
+def test_a_policy_is_evaluated_in_the_units_of_the_start():
+    options = SAMPLING | dict(policy=policy(), prompts=prompts(16), seed=5)
+    raw = dict(reward=score_model(0).params, cost=score_model(1).params)
+    scored = stages.scale_scores(**options, **raw)
+    arm, rollout = stages.evaluate_policy(**options, **scored), stages.sample_responses(**options)
+    assert_same(arm.rollout, rollout)
+    assert_same(arm.raw_scores, stages.raw_scores(NETWORK, raw["reward"], rollout))
+    assert_same(arm.raw_costs, stages.raw_scores(NETWORK, raw["cost"], rollout))
+    rewards = stages.rewards(NETWORK, scored["reward"], rollout)
+    assert [rewards.mean(), rewards.std(), arm.costs.std()] == pytest.approx([0, 1, 1], abs=1e-5)
+    harm = 1 / (1 + np.exp(-arm.raw_costs))
+    np.testing.assert_allclose(arm.costs, harm / harm.std(), rtol=1e-5)
+    gold = WORLD.gold(rollout.prompts, rollout.tokens, rollout.mask)
+    assert arm.gold["gold_helpfulness"] == pytest.approx(float(np.mean(gold.helpfulness)), abs=1e-5)
 
 
 # Reinforcement learning
@@ -344,18 +390,21 @@ def test_too_few_prompts_for_a_batch_are_refused():
 
 @pytest.fixture(scope="module", params=["plain", "constrained"])
 def trained(request):
-    """A tiny policy before and after three iterations of an arm, and what was logged."""
+    """An arm after three iterations of a tiny policy: its name, its policy, what it logged and what it warned of."""
     constrained, log = request.param == "constrained", Log()
-    limited = dict(cost=score_model(1), multiplier=MultiplierConfig(limit=0.2, learning_rate=0.5))
-    params = stages.train_policy(
-        **HERE, start=policy(), reward=score_model(0), ppo=PPOConfig(num_minibatches=2, temperature=0.7),
-        optimisation=RLConfig(num_iterations=3, batch_size=16), prompts=prompts(32), seed=0, label=request.param,
-        log=log, **limited if constrained else {})  # fmt: skip
-    return request.param, params, log
+    limited = dict(cost=score_model(1), limit=0.2, multiplier=MultiplierConfig(learning_rate=0.5, maximum=1.7))
+    demonstrations = WORLD.corpus(0, 16).demonstrations  # only an arm whose ptx_coef asks for them reads them
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        params = stages.train_policy(
+            **HERE, start=policy(), reward=score_model(0), optimisation=RLConfig(num_iterations=3, batch_size=16),
+            ppo=PPOConfig(num_minibatches=2, temperature=0.7, ptx_coef=0.1 if constrained else 0.0), ptx=demonstrations,
+            prompts=prompts(32), seed=0, label=request.param, log=log, **limited if constrained else {})  # fmt: skip
+    return request.param, params, log, [str(warning.message) for warning in warned]
 
 
 def test_both_arms_return_a_policy_that_moved_and_leave_the_start_alive(trained):
-    _, params, log = trained
+    _, params, log, _ = trained
     assert differ(params, policy())
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, policy())
     assert np.isfinite(jax.tree.leaves(jax.tree.map(jnp.sum, (params, policy(), score_model(0).params)))).all()
@@ -364,11 +413,11 @@ def test_both_arms_return_a_policy_that_moved_and_leave_the_start_alive(trained)
 
 
 def test_each_arm_logs_its_own_signals_and_the_truth_of_the_world(trained):
-    arm, _, log = trained
+    arm, _, log, _ = trained
     names = set(log[0][1])
     assert {"score", "kl", "entropy", "length", "unfinished", "clip_fraction", "critic_explained_variance"} <= names
     assert {"gold_helpfulness", "harm_rate", "refusal_benign", "careful"} <= names
-    constrained_only = {"cost", "cost_average", "lambda", "cost_critic_loss"}
+    constrained_only = {"cost", "cost_average", "cost_excess", "lambda", "cost_critic_loss", "ptx_loss"}
     assert names & constrained_only == (constrained_only if arm == "constrained" else set())
 
 
@@ -376,16 +425,38 @@ def test_planted_fault_a_temperature_missing_on_either_side_would_show(trained):
     assert max(trained[2].column("sampler_mismatch")) < 1e-4  # at temperature 0.7
 
 
+@pytest.mark.parametrize("trained", ["constrained"], indirect=True)
 def test_the_multiplier_follows_its_equation_on_the_logged_costs(trained):
-    arm, _, log = trained
-    if arm == "plain":
-        pytest.skip("no multiplier")
-    log_lambda, average = 0.0, 0.0
+    log, log_lambda, average = trained[2], 0.0, 0.0
     for step, cost in enumerate(log.column("cost")):
         average += max(0.7, 1 / (step + 1)) * (cost - average)
-        log_lambda += 0.5 * math.exp(log_lambda) * (average - 0.2)
+        log_lambda = min(math.log(1.7), log_lambda + 0.5 * math.exp(log_lambda) * (average - 0.2))
         assert log.column("lambda")[step] == pytest.approx(math.exp(log_lambda), rel=1e-4)
+        assert log.column("cost_excess")[step] == pytest.approx(average - 0.2, abs=1e-5)
     assert 0 < log.column("cost")[0] < 1  # P(harmful) at scale 1
+    assert log.column("lambda")[-2] < 1.7 and log_lambda == math.log(1.7)
+
+
+def test_a_limit_that_was_not_met_at_the_highest_lambda_is_said(trained):
+    arm, _, log, warned = trained
+    if arm == "plain":
+        assert not warned
+    else:
+        cost = log.column("cost_average")[-1]
+        said = f"lambda ended at its maximum 1.7 with a mean cost of {cost:.3g} above the limit 0.2"
+        assert [said in warning and warning.startswith("constrained") for warning in warned] == [True]
+
+
+@pytest.mark.parametrize("given", [
+    {"cost"}, {"limit"}, {"multiplier"}, {"cost", "limit"}, {"cost", "multiplier"}, {"limit", "multiplier"}
+], ids=lambda given: "+".join(sorted(given)))  # fmt: skip
+def test_half_a_constraint_is_refused(given):
+    parts = dict(cost=score_model(1), limit=0.1, multiplier=MultiplierConfig())
+    parts = {name: part for name, part in parts.items() if name in given}
+    with pytest.raises(ValueError, match="cost, limit and multiplier make one constraint: give all three or none"):
+        stages.train_policy(
+            **HERE, **parts, start=policy(), reward=score_model(0), ppo=PPOConfig(), prompts=prompts(32), seed=0,
+            optimisation=RLConfig(num_iterations=1, batch_size=16), label="half", log=Log())  # fmt: skip
 
 
 # Side by side
@@ -403,12 +474,14 @@ def test_independent_stages_run_at_once_and_return_in_order():
     ]  # fmt: skip
 
 
-def test_the_error_of_a_stage_is_not_swallowed_by_its_neighbours():
-    finished = []
+@pytest.mark.parametrize("error", [FloatingPointError, KeyboardInterrupt])
+def test_the_error_of_a_stage_is_raised_while_its_neighbours_still_run(error):
+    ended = threading.Event()
 
     def fail():
-        raise FloatingPointError("cost: loss is not finite")
+        raise error("cost: loss is not finite")
 
-    with pytest.raises(FloatingPointError, match="cost: loss"):
-        stages.side_by_side(lambda: finished.append(1), fail, lambda: finished.append(2))
-    assert sorted(finished) == [1, 2]
+    with pytest.raises(error, match="cost: loss"):
+        stages.side_by_side(lambda: ended.wait(30), fail)
+    assert not ended.is_set()
+    ended.set()

@@ -122,7 +122,7 @@ class Run:
         self._mutex = threading.Lock()  # stages may run side by side in threads
         digest = config_hash(config, exclude=exclude, extra=library_code())
         try:
-            _check_free(self.path, resume, to_json(config), digest)
+            _check_free(self.path, resume, to_json(config), exclude, digest)
         except (FileExistsError, ValueError):
             self._lock.close()
             raise
@@ -211,7 +211,7 @@ def _lock(path: pathlib.Path):
     return file
 
 
-def _check_free(path: pathlib.Path, resume: bool, config: Mapping, digest: str) -> None:
+def _check_free(path: pathlib.Path, resume: bool, config: Mapping, exclude: tuple[str, ...], digest: str) -> None:
     """A new run finds nothing but its lock; a resumed one finds its own config."""
     if not resume:
         if any(entry.name != ".lock" for entry in path.iterdir()):
@@ -223,7 +223,8 @@ def _check_free(path: pathlib.Path, resume: bool, config: Mapping, digest: str) 
     if stored["run_hash"] == digest:
         return
     old, new = stored["config"], config
-    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    names = [name for name in {**old, **new} if name not in exclude and old.get(name) != new.get(name)]
+    changed = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     raise ValueError(
         f"{path} was started with another config ({'; '.join(changed) or 'same values, other code'}), so it cannot be "
         "resumed: choose another name with --name"

@@ -27,8 +27,7 @@ def adamw(
     """AdamW behind global-norm clipping; betas (0.9, 0.95) as in Safe RLHF's public code.
 
     With `num_steps` the rate warms up linearly over `warmup * num_steps` and falls by cosine to `final` of the peak;
-    without it the rate is constant. Weight decay spares vectors and
-    whatever is named scale or bias.
+    without it the rate is constant. Weight decay spares vectors and whatever is named scale or bias.
     """
     if num_steps is None:
         rate: Any = learning_rate
