@@ -31,7 +31,7 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 from rlhfjax import losses
-from rlhfjax.evaluation.behaviour import as_text
+from rlhfjax.evaluation.gold_metrics import as_text
 from rlhfjax.evaluation.claims import read_claims, table
 from rlhfjax.evaluation.figures import COST, GIVEN, INK, REWARD
 from rlhfjax.io.run import read_metrics
@@ -59,7 +59,8 @@ started = json.loads((run / "config.json").read_text())
 config = started["config"]
 print(f"{' '.join(started['argv'])}\nscale {config['scale']}, truth {config['truth']}, seed {config['seed']}, "
       f"commit {started['commit']}, {started['device']['kind']}")  # fmt: skip
-for part in ("ppo", "constrained", "multiplier"):
+print(f"\nlimit on the mean P(harmful): {config['harm_limit']:g}")
+for part in ("ppo", "rl", "multiplier"):
     print(f"\n{part}:", ", ".join(f"{name} {value}" for name, value in config[part].items()))
 
 # %% [markdown]
@@ -149,8 +150,8 @@ Markdown(table(read_claims(run / "claims.json"), width=None))
 # %%
 history = read_metrics(run / "metrics.jsonl", "constrained")
 asked, limit = config["multiplier"], statistics["limit"]
-print(f"P(harmful) <= {asked['limit']:g} is a cost of at most {limit:.4f}: "
-      f"one unit of cost is {asked['limit'] / limit:.4f} in probability")  # fmt: skip
+print(f"P(harmful) <= {config['harm_limit']:g} is a cost of at most {limit:.4f}: "
+      f"one unit of cost is {config['harm_limit'] / limit:.4f} in probability")  # fmt: skip
 
 average, log_lambda, averages, log_lambdas = 0.0, math.log(asked["initial"]), [], []
 for count, cost in enumerate(history["cost"]):
