@@ -31,9 +31,9 @@ import numpy as np
 from IPython.display import Image, Markdown
 
 from rlhfjax import losses
-from rlhfjax.evaluation.gold_metrics import as_text
 from rlhfjax.evaluation.claims import read_claims, table
 from rlhfjax.evaluation.figures import COST, GIVEN, INK, REWARD
+from rlhfjax.evaluation.gold_metrics import as_text
 from rlhfjax.io.run import read_metrics
 
 named = os.environ.get("RLHFJAX_RUN")

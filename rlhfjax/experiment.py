@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from rlhfjax.evaluation.claims import Claim, judge, table, write_claims
+from rlhfjax.evaluation.claims import Claim, judge, summary, table, write_claims
 from rlhfjax.io.cache import StageCache
 from rlhfjax.io.run import Run, commit, config_hash
 from rlhfjax.io.seeds import run_seeds, write_result
@@ -135,15 +135,18 @@ def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) ->
         workers=config.workers or None,
     )
     commits = ", ".join(sorted({str(result["commit"]) for result in results.values()}))
+    statistics = {seed: result["statistics"] for seed, result in results.items()}
     rows = judge(
         claims,
-        {seed: result["statistics"] for seed, result in results.items()},
+        statistics,
         world=config.label,
         config_hash=digest,
         commit=commits,
         seconds=sum(result["seconds"] for result in results.values()),
     )
     write_claims(results_dir / f"{config.label}-claims.json", rows)
+    if len(results) > 1:
+        print(f"\n{summary(statistics)}")
     print(f"\n{table(rows)}\n\n{len(results)} seeds of {config.label}, by commit {commits}; claims in {results_dir}")
 
 

@@ -278,3 +278,10 @@ def test_figures_are_saved_without_pyplot(tmp_path):
     bins = calibration.reliability([0.2, 0.7, 0.9], [0, 1, 1])
     path = figures.save(figures.reliability_figure({"reward model": bins}), tmp_path / "figures" / "reliability.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_summary_has_every_statistic_with_its_interval():
+    lines = claims.summary({1: {"a": 1.0, "b": 2.0}, 2: {"a": 3.0, "b": 2.0}, 3: {"a": 5.0, "b": 2.0}}).splitlines()
+    assert lines[0] == "| statistic | mean of 3 seeds | 95 % interval |"
+    half = 4.302653 * 2 / 3**0.5  # t of 2 degrees of freedom, sd 2
+    assert lines[2] == f"| a | 3 | [{3 - half:.4g}, {3 + half:.4g}] |" and lines[3] == "| b | 2 | [2, 2] |"

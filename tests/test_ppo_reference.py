@@ -25,7 +25,7 @@ CONFIG = ppo.PPOConfig(
     num_accumulation=2, ptx_coef=0.7, unfinished_penalty=0.6, temperature=1.3,
 )  # fmt: skip
 POLICY_RATE, CRITIC_RATE = 2.0, 0.9
-LIMIT, DUAL = -0.4, MultiplierConfig(learning_rate=0.5, average_decay=0.3)
+LIMIT, DUAL = -0.5, MultiplierConfig(learning_rate=0.5, average_decay=0.3)
 OLD_LAMBDA, OLD_COST_AVERAGE, OLD_COUNT = 0.8, 0.5, 4  # a multiplier that has moved before
 VOCAB, ROWS, PROMPT, TOKENS = 5, 8, 3, 6
 KEY = 11
@@ -33,7 +33,7 @@ KEY = 11
 rng = np.random.default_rng(0)
 TABLE, REF_TABLE = rng.normal(size=(2, VOCAB, VOCAB))
 CRITIC, COST_CRITIC = rng.normal(size=(2, VOCAB))
-SCORES, COSTS = rng.normal(size=(2, ROWS))
+SCORES, COSTS = rng.normal(size=(2, ROWS)) + [[0.0], [0.4]]
 PROMPT_MASK = np.arange(PROMPT) >= rng.integers(0, PROMPT, (ROWS, 1))
 MASK = np.arange(TOKENS) < np.array([6, 2, 3, 1, 6, 4, 6, 2])[:, None]
 PROMPTS, DEMO_PROMPTS = rng.integers(0, VOCAB, (2, ROWS, PROMPT), np.int32)
@@ -213,11 +213,12 @@ def shipped(lagrangian, whiten, change_update=lambda update: update):
 def differences(actual, expected):
     """Largest absolute error of everything that is not what the reference says."""
     assert actual.keys() == expected.keys()
-    errors = {name: np.abs(np.subtract(actual[name], expected[name])).max() for name in expected}
+    errors = {name: float(np.abs(np.subtract(actual[name], expected[name])).max()) for name in expected}
     return {name: error for name, error in errors.items() if not error < 1e-6}
 
 
-@pytest.mark.parametrize("lagrangian, whiten", [(False, False), (True, True)], ids=["plain", "lagrangian"])
+# Whitening cancels the division by 1 + lambda, hence the third case.
+@pytest.mark.parametrize("lagrangian, whiten", [(False, True), (True, True), (True, False)])
 def test_step_is_the_reference(lagrangian, whiten):
     expected, active = reference(lagrangian, whiten)
     assert len(active) == (5 if lagrangian else 3) and min(active.values()) > 0

@@ -141,3 +141,11 @@ def table(rows: Sequence[Mapping[str, Any]], width: int | None = 120) -> str:
             lines.append("| " + " | ".join(text.ljust(w) for text, w in zip(shown, widths)) + " |")
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def summary(results: Mapping[int, Mapping[str, float]]) -> str:
+    """Every statistic of two seeds or more, `{seed: {statistic: value}}`, as Markdown: mean and 95 % t-interval."""
+    first = next(iter(results.values()))
+    intervals = {name: t_interval([result[name] for result in results.values()]) for name in first}
+    rows = [f"| {name} | {mean:.4g} | [{low:.4g}, {high:.4g}] |" for name, (mean, low, high) in intervals.items()]
+    return "\n".join([f"| statistic | mean of {len(results)} seeds | 95 % interval |", "|---|---|---|", *rows])
