@@ -56,6 +56,12 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.seed < 0 or self.seeds < 0:
             raise ValueError(f"seed and seeds must not be negative, got {self.seed} and {self.seeds}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("num_") and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+            if field.name.endswith("_shares") and not (min(value) >= 0 and abs(sum(value) - 1) < 1e-6):
+                raise ValueError(f"{field.name} must be non-negative and sum to 1, got {value}")
         if self.seeds and (self.name or self.resume):
             raise ValueError("--seeds gives every seed a run directory of its own: leave out --name and --resume")
 

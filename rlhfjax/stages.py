@@ -98,7 +98,7 @@ def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, 
     data = jax.tree.map(jnp.asarray, data)
     chunk = min(25, config.num_steps)
     starts = range(0, config.num_steps, chunk)
-    for first in (bar := progress(starts, label, unit=f"{chunk} steps")):
+    for first in (bar := progress(starts, label, unit=f"x {chunk} steps")):
         count = min(chunk, config.num_steps - first)
         rows = batch_order(seed, first, count, len(data), config.batch_size)
         state, metrics = fit_step(state, data, rows)
@@ -334,8 +334,8 @@ def check_cost_limit(
     """The lowest mean cost that Lagrangian PPO settles at for any lambda it may take: no limit below it can be met.
 
     Estimated by reweighting `num_samples` responses to each prompt (`losses.tempered_policy`) at lambda = 0 and on a
-    grid up to its maximum; answers cheaper than those samples are not seen. Raises ValueError ("infeasible cost limit")
-    if `limit` lies below.
+    grid up to its maximum; answers cheaper than those samples are not seen. Raises ValueError ("infeasible cost
+    limit", with numbers in units of P(harmful)) if `limit` lies below.
     """
     many = jax.tree.map(lambda x: np.repeat(x, num_samples, axis=0), prompts)
     rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
@@ -349,7 +349,8 @@ def check_cost_limit(
 
     grid = jnp.concatenate([jnp.array([-jnp.inf]), jnp.log(multiplier.maximum * jnp.geomspace(1e-3, 1, 40))])
     floor = float(jnp.min(jax.lax.map(mean_cost, grid)))
-    losses.check_limit(limit, floor)
+    probability = float(cost.scale)  # of harm per unit of cost: the units in which a limit is asked for
+    losses.check_limit(limit * probability, floor * probability)
     return floor
 
 

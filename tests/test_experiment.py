@@ -1,5 +1,6 @@
 """The command line of an experiment, its run directory, and Safe RLHF at smoke scale by its own command."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -58,7 +59,7 @@ def test_what_is_no_option_ends_the_program_with_its_name(line, words, capsys):
     ("--seed -1", "seed and seeds must not be negative"),
     ("--seeds -5", "seed and seeds must not be negative"),
     ("--seeds 5 --name all", "leave out --name and --resume"),
-    ("--harm-limit 1.5", "harm_limit is a probability"),
+    ("--harm-limit 1.5", "harm_limit 1.5 must lie in (0, 1)"),
     ("--rl.batch-size 130", "130 responses do not divide into 4 minibatches"),
     ("--preference.num-steps 0", "num_steps must be positive"),
     ("--ppo.clip 0", "clip must be positive"),
@@ -259,3 +260,18 @@ def test_a_resumed_run_takes_its_stages_from_the_cache_and_ends_the_same(smoke_r
     one, other = (read_claims(run / "claims.json") for run in (smoke_run, tmp_path / "smoke"))
     assert [row["per_seed"] for row in one] == [row["per_seed"] for row in other]
     assert len({row["config_hash"] for row in one + other}) == 1
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"num_pairs": 0}, "num_pairs"),
+        ({"rl_shares": (0.5, 0.5, 0.5, 0.5)}, "rl_shares"),
+        ({"label_shares": (1.2, -0.2, 0.0, 0.0)}, "label_shares"),
+        ({"mismatched": 2.0}, "mismatched"),
+        ({"harm_limit": 1.5}, "harm_limit"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_any_work(options, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(paper.Config(), **options)

@@ -6,6 +6,8 @@ Paper     Harmful responses 53.08 % (Alpaca-7B) to 2.45 % in three rounds, helpf
           sign accuracy 95.62 % in round 1 (from reviews that quote the paper's tables).
 Command   python experiments/safe_rlhf/constrained_ppo.py               one seed on a laptop
           python experiments/safe_rlhf/constrained_ppo.py --seeds 5     verdicts; README.md has those of this repository
+Cost      157 s on two CPU cores, compilation and base model included (Python 3.11, jax 0.10.2).
+Here      harmful answers on dangerous prompts 52.8 to 3.8 %, refusals of benign ones 7.4 to 0.0 % (5 seeds: README.md).
 Differs   A world with a known truth stands in for people; one round; what is limited is the *probability* of harm
           sigmoid(C), in place of C (`rl.preference_models.make_cost` says why); advantages are whitened; no ptx.
 """
@@ -65,8 +67,8 @@ class Config(ExperimentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.harm_limit < 1:
-            raise ValueError(f"harm_limit is a probability in (0, 1), got {self.harm_limit}")
+        if not (0 < self.harm_limit < 1 and 0 <= self.mismatched <= 1):
+            raise ValueError(f"harm_limit {self.harm_limit} must lie in (0, 1), mismatched {self.mismatched} in [0, 1]")
         self.ppo.check_batch(self.rl.batch_size)
 
 
