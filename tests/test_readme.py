@@ -1,9 +1,12 @@
 """The README keeps its word: its first two commands, its code, its links."""
 
+import importlib
 import pathlib
 import re
 
 import numpy as np
+
+from rlhfjax import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,6 +35,16 @@ def test_its_python_gives_what_its_comments_say():
     np.testing.assert_allclose(names["loss"], [0.802418], rtol=1e-5)
     np.testing.assert_allclose(names["advantages"], [[0.1267, 0.1333, 0.0]], atol=1e-4)
     assert np.isfinite(names["loss_per_token"])
+
+
+def test_its_commands_name_options_that_exist():
+    paper = importlib.import_module("experiments.safe_rlhf.constrained_ppo")
+    pages = README + (ROOT / "experiments/safe_rlhf/README.md").read_text()
+    lines = re.findall(r"python experiments/safe_rlhf/constrained_ppo\.py((?: --?[\w.-]+(?: [\w.]+)?)+)", pages)
+    options = [line.split() for line in lines if "--help" not in line]
+    assert ["--seed", "7", "--harm-limit", "0.1"] in options and ["--seeds", "5"] in options
+    for argv in options:
+        experiment._parse(paper.SCALES, argv)
 
 
 def test_its_links_lead_somewhere():
