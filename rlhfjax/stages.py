@@ -10,7 +10,7 @@ import functools
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, 
     data = jax.tree.map(jnp.asarray, data)
     chunk = min(25, config.num_steps)
     starts = range(0, config.num_steps, chunk)
-    for first in (bar := progress(starts, label, unit=f"x {chunk} steps")):
+    for first in _until_stopped(bar := progress(starts, label, unit=f"x {chunk} steps")):
         count = min(chunk, config.num_steps - first)
         rows = batch_order(seed, first, count, len(data), config.batch_size)
         state, metrics = fit_step(state, data, rows)
@@ -173,7 +173,7 @@ def run_rl(
     take = lambda data, rows: jax.tree.map(lambda x: x[rows], data)
     state = jax.tree.map(jnp.copy, state)  # donated: the caller's networks (the reference too) must survive
     base_key = jax.random.key(seed)
-    for iteration in (bar := progress(range(num_iterations), label, unit="iterations")):
+    for iteration in _until_stopped(bar := progress(range(num_iterations), label, unit="iterations")):
         rows = batch_order(seed, iteration, 1, len(prompts), batch_size)[0]
         sample_key, step_key = jax.random.split(jax.random.fold_in(base_key, iteration))
         rollout = sample(state.policy.params, prompts[rows], prompt_mask[rows], sample_key)
@@ -191,12 +191,23 @@ def run_rl(
     return state
 
 
+_stop = threading.Event()  # set while jobs side by side are to end because one of them failed
+
+
+def _until_stopped(steps: Iterable) -> Iterator:
+    """The steps of a stage; raises InterruptedError at the next one when a stage beside it has failed."""
+    for step in steps:
+        if _stop.is_set():
+            raise InterruptedError("a stage beside this one has failed or was interrupted")
+        yield step
+
+
 def side_by_side(*jobs: Callable[[], object]) -> list:
     """Run independent stages at once and return their results in order.
 
     On a CPU the small matrices of the embedded world leave cores idle, and threads fill them; on an accelerator, which
-    is busy with one, the jobs run one after the other. The first failure, or Ctrl-C, is raised at once; the other jobs
-    then end with the process.
+    is busy with one, the jobs run one after the other. The first failure, or Ctrl-C, is raised once the others have
+    ended, at their next step.
     """
     if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return [job() for job in jobs]
@@ -208,13 +219,21 @@ def side_by_side(*jobs: Callable[[], object]) -> list:
         except BaseException as error:  # noqa: BLE001, raised again by the caller
             outcomes.put((index, None, error))
 
-    for index, job in enumerate(jobs):
-        threading.Thread(target=work, args=(index, job), daemon=True).start()
+    threads = [threading.Thread(target=work, args=item, daemon=True) for item in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
     results = [None] * len(jobs)
-    for _ in jobs:
-        index, results[index], error = outcomes.get()
-        if error is not None:
-            raise error
+    try:
+        for _ in jobs:
+            index, results[index], error = outcomes.get()
+            if error is not None:
+                raise error
+    except BaseException:
+        _stop.set()
+        for thread in threads:
+            thread.join()
+        _stop.clear()
+        raise
     return results
 
 

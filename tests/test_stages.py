@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import threading
+import time
 import warnings
 
 import jax
@@ -475,13 +477,21 @@ def test_independent_stages_run_at_once_and_return_in_order():
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, KeyboardInterrupt])
-def test_the_error_of_a_stage_is_raised_while_its_neighbours_still_run(error):
-    ended = threading.Event()
+def test_the_error_of_a_stage_ends_its_neighbours_at_their_next_step(error):
+    steps, endings = itertools.count(), []
+
+    def neighbour():
+        try:
+            for _ in stages._until_stopped(steps):
+                time.sleep(0.01)
+        except InterruptedError as ending:
+            endings.append(str(ending))
 
     def fail():
+        time.sleep(0.05)
         raise error("cost: loss is not finite")
 
     with pytest.raises(error, match="cost: loss"):
-        stages.side_by_side(lambda: ended.wait(30), fail)
-    assert not ended.is_set()
-    ended.set()
+        stages.side_by_side(neighbour, fail)
+    assert len(endings) == 1 and "beside this one" in endings[0]
+    assert list(stages._until_stopped(range(3))) == [0, 1, 2]  # what comes later is not stopped
