@@ -4,6 +4,7 @@
     python experiments/<paper>/<result>.py --seeds 5      report seeds 1000 .. 1004, one process per core, judged
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,12 +22,16 @@ import tyro
 
 from rlhfjax.evaluation.claims import Claim, judge, summary, table, write_claims
 from rlhfjax.io.cache import StageCache
+from rlhfjax.io.launch import Hosts, Preempted, broadcast, ending_together, initialize, is_main
+from rlhfjax.io.monitor import Guard
 from rlhfjax.io.run import Run, commit, config_hash
 from rlhfjax.io.seeds import run_seeds, write_result
+from rlhfjax.parallel.mesh import MeshConfig, make_mesh
 from rlhfjax.worlds.gold_world import GoldWorld, gold_world
 
 FIRST_REPORT_SEED = 1000  # seeds below 100 are for development; thresholds are fixed before a report seed runs
-PLACES = ("runs", "name", "resume", "cache", "results", "workers")  # fields that do not decide what a seed computes
+# Fields that do not decide what a seed computes (the mesh: up to rounding).
+PLACES = ("runs", "name", "resume", "cache", "results", "workers", "mesh", "guard", "hosts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +51,19 @@ class ExperimentConfig:
     name: str | None = None
     """Name of the run directory; by default the file's name and a number."""
     resume: bool = False
-    """Continue the run of that name; finished stages come from the cache."""
+    """Continue the run of that name: finished stages come from the cache, the one in progress from its checkpoint."""
     cache: pathlib.Path | None = pathlib.Path("runs/.cache")
     """Where finished stages and compiled programs are kept; `None` keeps nothing."""
     workers: int = 0
     """Seeds run at once by `--seeds`; 0: one per core. An accelerator is not shared: 1."""
     results: pathlib.Path | None = None
     """Where to leave this seed's statistics as a small JSON file (`--seeds` sets it beside the experiment)."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices share the work."""
+    guard: Guard = Guard()
+    """What is saved, and what stops a run."""
+    hosts: Hosts = Hosts()
+    """Where the other processes of one program are; on a TPU slice and under SLURM they are found."""
 
     def __post_init__(self):
         if self.seed < 0 or self.seeds < 0:
@@ -64,6 +76,10 @@ class ExperimentConfig:
                 raise ValueError(f"{field.name} must be non-negative and sum to 1, got {value}")
         if self.seeds and (self.name or self.resume):
             raise ValueError("--seeds gives every seed a run directory of its own: leave out --name and --resume")
+        if self.seeds and self.hosts.coordinator:
+            raise ValueError("--seeds runs one process per seed on this machine: leave out --hosts")
+        if self.guard.nonfinite == "skip" and (self.seeds or self.results):
+            raise ValueError("a result is reported only of a run that left no step out: --guard.nonfinite stop")
 
     @property
     def world(self) -> GoldWorld:
@@ -94,8 +110,19 @@ def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experime
     digest = config_hash(config, exclude=("seed", "seeds", *PLACES), extra=(config.world.version, tuple(claims)))
     if config.seeds:
         _report(path, config, digest, claims)
-    else:
+        return
+    initialize(config.hosts)
+    with ending_together(), _mesh(config.mesh):
+        mine = f"{digest}, seed {config.seed}"
+        if (first := broadcast(mine)) != mine:
+            raise ValueError(f"this process runs {mine}, process 0 runs {first}: start all with the same options")
         _one_seed(path, config, digest, experiment, claims)
+
+
+def _mesh(config: MeshConfig):
+    """The ambient mesh over all devices; one device needs none."""
+    mesh = make_mesh(config)
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> ExperimentConfig:
@@ -112,9 +139,16 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     stem = path.stem if config.results is None else f"{path.stem}-{config.truth}-seed{config.seed}"
-    with Run(config.runs, config, stem=stem, name=config.name, resume=config.resume, exclude=PLACES) as run:
-        print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
-        statistics = experiment(config, run, StageCache(config.cache and config.cache / "stages"))
+    say = partial(print, flush=True) if is_main() else lambda text: None
+    options = dict(name=config.name, resume=config.resume, exclude=PLACES, guard=config.guard)
+    cache = StageCache(config.cache and config.cache / "stages", any_layout=config.resume, report=say)
+    with Run(config.runs, config, stem=stem, **options) as run:
+        say(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}")
+        try:
+            statistics = experiment(config, run, cache)
+        except Preempted as stop:
+            say(f"{stop}; go on with the same options and --name {run.path.name} --resume")
+            sys.exit(0)
         finite = lambda x: x if math.isfinite(x) else None
         run.write_json("statistics.json", {name: finite(float(value)) for name, value in statistics.items()})
         seconds = round(time.time() - start, 1)
@@ -125,7 +159,7 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         if config.results is not None:
             write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=source,
                          seconds=seconds, statistics=statistics)  # fmt: skip
-    print(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
+    say(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
 
 
 def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) -> None:

@@ -1,8 +1,11 @@
 """The stages every experiment repeats: base model, fine-tuning, labels, preference models, RL, evaluation.
 
 Each is a plain function of explicit inputs, so `StageCache.run` can key it by their content. Their order, their numbers
-and what they are claimed to show stand in the experiment files. `log(step, metrics)` receives metrics as they come; the
-cache records them and replays them on a hit. `label` names the stage in progress and errors.
+and what they are claimed to show stand in the experiment files. `monitor` receives metrics as they come, saves and
+resumes; the cache records the metrics and replays them on a hit. `label` names the stage in progress and errors.
+
+Between stages everything is whole and on the host (NumPy, the same on every process); within a stage it lies on the
+devices of the mesh, as `parallel.mesh` says.
 """
 
 import dataclasses
@@ -10,7 +13,8 @@ import functools
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ from rlhfjax import losses
 from rlhfjax.evaluation.constrained import Arm
 from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
-from rlhfjax.io.run import progress
+from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
 from rlhfjax.models.transformer import (
     TransformerConfig,
     make_language_model,
@@ -28,7 +32,8 @@ from rlhfjax.models.transformer import (
     scalar_params_from,
     score,
 )
-from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step
+from rlhfjax.parallel import mesh
+from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
 from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_cost, make_reward, pair_scores
@@ -42,12 +47,11 @@ from rlhfjax.types import (
     TrainState,
     check_finite,
     check_mask,
+    check_shapes,
     sequences,
 )
 from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import Prompts
-
-Log = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,12 @@ class FitConfig:
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
 
+    def check_rows(self, **counts: int) -> None:
+        """Raise unless each of these numbers of rows fills a batch."""
+        for name, num in counts.items():
+            if num < (size := self.batch_size):
+                raise ValueError(f"{name} is {num}, which cannot fill a batch of {size}: lower that batch_size")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig:
@@ -90,23 +100,25 @@ class RLConfig:
                 raise ValueError(f"{field.name} must be positive and finite, got {getattr(self, field.name)}")
 
 
-def fit(loss_fn: LossFn, params: Params, data, config: FitConfig, *, seed: int, log: Log, label: str) -> Params:
-    """Minimise `loss_fn` over `data` (a pytree with a leading row axis) and return the parameters."""
+def fit(
+    loss_fn: LossFn, params: Params, data, config: FitConfig, *, axes=None, seed: int, monitor: Monitor, label: str
+) -> Params:
+    """Minimise `loss_fn` over `data` (a pytree of host arrays with a leading row axis) and return the parameters.
+
+    axes: the logical axes of `params`; only a mesh needs them.
+    """
     optimizer = adamw(config.learning_rate, config.num_steps, weight_decay=config.weight_decay)
-    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
-    fit_step = make_fit_step(loss_fn, optimizer)
-    data = jax.tree.map(jnp.asarray, data)
-    chunk = min(25, config.num_steps)
-    starts = range(0, config.num_steps, chunk)
-    for first in _until_stopped(bar := progress(starts, label, unit=f"x {chunk} steps")):
-        count = min(chunk, config.num_steps - first)
-        rows = batch_order(seed, first, count, len(data), config.batch_size)
-        state, metrics = fit_step(state, data, rows)
-        metrics = {key: float(value) for key, value in metrics.items()}
-        check_finite(f"{label}: loss", metrics["loss"], f" (steps {first} to {first + count}): lower the learning rate")
-        log(first + count, metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-    return state.params
+    start = lambda params: TrainState.create(jax.tree.map(jnp.copy, params), optimizer)  # donated: a copy
+    state = mesh.create(start, mesh.place(params, axes), axes=axes)
+    fit_step = mesh.jit_step(make_fit_step(loss_fn, optimizer), state, axes)
+    stride = min(25, config.num_steps)
+
+    def step(state: TrainState, first: int, clock: Clock):
+        rows = batch_order(seed, first, min(stride, config.num_steps - first), len(data), config.batch_size)
+        return fit_step(state, mesh.place_rows(take(data, rows), axis=1))
+
+    state = monitor.train(step, state, config.num_steps, label=label, stride=stride)
+    return mesh.fetch(state.params)
 
 
 def train_language_model(
@@ -117,16 +129,20 @@ def train_language_model(
     seed: int,
     start: Params | None = None,
     label: str,
-    log: Log,
+    monitor: Monitor,
 ) -> Params:
     """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count)."""
-    check_mask("demonstrations.mask", demonstrations.mask)
+    check_shapes(demonstrations, prompt_mask=demonstrations.prompts.shape, mask=demonstrations.tokens.shape,
+                 prompts=(len(demonstrations), demonstrations.prompts.shape[1]))  # fmt: skip
+    check_mask("demonstrations.prompt_mask", demonstrations.prompt_mask, padded="left")
+    check_mask("demonstrations.mask", demonstrations.mask, padded="right")
     if (largest := int(max(np.max(demonstrations.prompts), np.max(demonstrations.tokens)))) >= config.vocab_size:
         raise ValueError(f"demonstrations use token {largest}, vocab_size is {config.vocab_size}: raise it")
     model = make_language_model(config)
     loss_fn = make_next_token_loss(model, prompts=start is None)
-    params = model.init(jax.random.key(seed)) if start is None else start
-    return fit(loss_fn, params, demonstrations, optimisation, seed=seed, log=log, label=label)
+    axes = model.logical_axes()
+    params = mesh.create(model.init, jax.random.key(seed), axes=axes) if start is None else start
+    return fit(loss_fn, params, demonstrations, optimisation, axes=axes, seed=seed, monitor=monitor, label=label)
 
 
 def fit_preference_model(
@@ -138,19 +154,21 @@ def fit_preference_model(
     optimisation: FitConfig,
     seed: int,
     label: str,
-    log: Log,
+    monitor: Monitor,
 ) -> Params:
     """A reward or cost model (`make_loss`: see `rl.preference_models`): a language model's trunk with a zero head."""
     check_pairs(pairs)
     model = make_scalar_model(config)
-    params = scalar_params_from(start, model, jax.random.key(seed))
-    return fit(make_loss(model), params, pairs, optimisation, seed=seed, log=log, label=label)
+    axes, trunk = model.logical_axes(), mesh.place(start, make_language_model(config).logical_axes())
+    warm = lambda trunk, key: scalar_params_from(trunk, model, key)
+    params = mesh.create(warm, trunk, jax.random.key(seed), axes=axes)
+    return fit(make_loss(model), params, pairs, optimisation, axes=axes, seed=seed, monitor=monitor, label=label)
 
 
 def run_rl(
     *,
     algorithm: Algorithm,
-    state,
+    params: tuple,
     ref_params: Params,
     sample: Callable,
     feedback: Callable[[Rollout], tuple[jax.Array, ...]],
@@ -159,57 +177,59 @@ def run_rl(
     num_iterations: int,
     batch_size: int,
     seed: int,
-    log: Log,
+    monitor: Monitor,
     label: str,
     observe: Callable[[Rollout], Mapping[str, jax.Array]] = lambda rollout: {},
     ptx: Demonstrations | None = None,
 ):
     """The loop of every paper: prompts -> rollout -> feedback(rollout) -> step. Returns the last state.
 
-    `feedback(rollout)` gives what `algorithm.step` takes behind the rollout (scores, or scores and costs);
-    `observe(rollout)` gives further metrics for the log and never reaches the learner.
+    `params` are what `algorithm.init` takes. `feedback(rollout)` gives what `algorithm.step` takes behind the rollout
+    (scores, or scores and costs); `observe(rollout)` gives further metrics for the log and never reaches the learner.
+    The policy is laid out anew for decoding once per iteration.
     """
-    step = jax.jit(algorithm.step, donate_argnums=0)
-    take = lambda data, rows: jax.tree.map(lambda x: x[rows], data)
-    state = jax.tree.map(jnp.copy, state)  # donated: the caller's networks (the reference too) must survive
+    check_mask("prompt_mask", prompt_mask, padded="left")
+    axes = algorithm.logical_axes()
+    init = lambda *params: jax.tree.map(jnp.copy, algorithm.init(*params))  # donated: the caller's networks survive
+    state = mesh.create(init, *params, axes=axes)
+    update = mesh.jit_step(algorithm.step, state, axes)
+    for_decoding = jax.jit(lambda params: params, out_shardings=mesh.shardings(
+        state.policy.params, axes.get("policy"), mesh.DECODE_RULES))  # fmt: skip
+    keys = jax.jit(lambda key, iteration: jax.random.split(jax.random.fold_in(key, iteration)))
     base_key = jax.random.key(seed)
-    for iteration in _until_stopped(bar := progress(range(num_iterations), label, unit="iterations")):
+
+    def step(state, iteration: int, clock: Clock):
         rows = batch_order(seed, iteration, 1, len(prompts), batch_size)[0]
-        sample_key, step_key = jax.random.split(jax.random.fold_in(base_key, iteration))
-        rollout = sample(state.policy.params, prompts[rows], prompt_mask[rows], sample_key)
-        signals = feedback(rollout)
-        for kind, signal in zip(("scores", "costs"), signals):
-            check_finite(f"{label}: {kind}", signal, f" (iteration {iteration})")
+        sample_key, step_key = keys(base_key, jax.device_put(np.int32(iteration)))
+        with clock("rollout"):
+            rollout = sample(for_decoding(state.policy.params), *mesh.place_rows(take((prompts, prompt_mask), rows)),
+                             sample_key)  # fmt: skip
+            jax.block_until_ready(rollout)
+        with clock("feedback"):
+            signals = feedback(rollout)
+            if not isinstance(signals, tuple):
+                raise TypeError(f"feedback must return a tuple, (scores,) or (scores, costs), not {type(signals)}")
+            for kind, signal in zip(("scores", "costs"), signals):
+                check_finite(kind, signal)
         observed = observe(rollout)
-        batch = ptx and take(ptx, batch_order(seed + 1, iteration, 1, len(ptx), batch_size)[0])
-        state, metrics = step(state, ref_params, rollout, *signals, key=step_key, ptx=batch)
-        metrics = {key: float(value) for key, value in {**metrics, **observed}.items()}
-        check_finite(f"{label}: policy loss", metrics["policy_loss"], f" (iteration {iteration})")
-        log(iteration, metrics)
-        shown = ("score", "cost", "lambda", "kl")
-        bar.set_postfix({key: f"{metrics[key]:.3f}" for key in shown if key in metrics})
-    return state
+        batch = ptx and mesh.place_rows(take(ptx, batch_order(seed + 1, iteration, 1, len(ptx), batch_size)[0]))
+        with clock("update"):
+            state, metrics = update(state, ref_params, rollout, *signals, key=step_key, ptx=batch)
+            jax.block_until_ready(metrics)
+        return state, {**metrics, **observed}
 
-
-_stop = threading.Event()  # set while jobs side by side are to end because one of them failed
-
-
-def _until_stopped(steps: Iterable) -> Iterator:
-    """The steps of a stage; raises InterruptedError at the next one when a stage beside it has failed."""
-    for step in steps:
-        if _stop.is_set():
-            raise InterruptedError("a stage beside this one has failed or was interrupted")
-        yield step
+    shown = ("score", "cost", "lambda", "kl")
+    return monitor.train(step, state, num_iterations, label=label, unit="iterations", shown=shown)
 
 
 def side_by_side(*jobs: Callable[[], object]) -> list:
     """Run independent stages at once and return their results in order.
 
-    On a CPU the small matrices of the embedded world leave cores idle, and threads fill them; on an accelerator, which
-    is busy with one, the jobs run one after the other. The first failure, or Ctrl-C, is raised once the others have
-    ended, at their next step.
+    On one CPU device the small matrices of the embedded world leave cores idle, and threads fill them; elsewhere the
+    devices are busy with one, and the jobs run one after the other. The first failure, or Ctrl-C, is raised once the
+    others have ended, at their next step.
     """
-    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+    if jax.default_backend() != "cpu" or not jax.sharding.get_mesh().empty:
         return [job() for job in jobs]
     outcomes = queue.Queue()
 
@@ -229,10 +249,10 @@ def side_by_side(*jobs: Callable[[], object]) -> list:
             if error is not None:
                 raise error
     except BaseException:
-        _stop.set()
+        given_up.set()
         for thread in threads:
             thread.join()
-        _stop.clear()
+        given_up.clear()
         raise
     return results
 
@@ -250,12 +270,20 @@ def _sampler(truth: str, config: TransformerConfig, temperature: float):
 def _scorer(config: TransformerConfig, make: Callable):
     """`make(model)` of the scalar model, as a program over rollouts that every stage of a process shares."""
     scorer = make(make_scalar_model(config))
-    return jax.jit(lambda params, rollout: scorer(params, *sequences(rollout)))
+    return jax.jit(lambda params, rollout: mesh.constrain(scorer(params, *sequences(rollout)), None))
 
 
 @functools.cache
 def _pair_scorer(config: TransformerConfig):
-    return jax.jit(functools.partial(pair_scores, make_scalar_model(config)))
+    model = make_scalar_model(config)
+    return jax.jit(lambda params, pairs: mesh.constrain(pair_scores(model, params, pairs), None, None))
+
+
+def _in_rows(scorer: Callable, config: TransformerConfig, params: Any, data: Any) -> np.ndarray:
+    """`scorer(params, data)` for any number of rows: the last ones are filled up to divide over the mesh."""
+    num = jax.tree.leaves(data)[0].shape[0]
+    rows = mesh.place_rows(take(data, np.arange(mesh.padded(num)) % num))
+    return np.asarray(scorer(mesh.place(params, make_scalar_model(config).logical_axes()), rows))[:num]
 
 
 def sample_responses(
@@ -263,33 +291,37 @@ def sample_responses(
     block: int = 128,
 ) -> Rollout:  # fmt: skip
     """One response per prompt, for any number of prompts: every block has the same compiled shape."""
+    check_mask("prompts.mask", prompts.mask, padded="left")
     sample, num = _sampler(truth, config, temperature), len(prompts)
     rows = np.arange(-(-num // block) * block) % num  # the last block wraps around
-    blocks = [
-        sample(policy, prompts.tokens[r], prompts.mask[r], jax.random.fold_in(jax.random.key(seed), i))
-        for i, r in enumerate(progress(rows.reshape(-1, block), "sampling", unit=f"blocks of {block}"))
-    ]
-    return jax.tree.map(lambda *x: np.concatenate(x)[:num], *blocks)
+    policy = mesh.place(policy, make_language_model(config).logical_axes(), mesh.DECODE_RULES)
+    blocks = []
+    for i, r in enumerate(progress(rows.reshape(-1, block), "sampling", unit=f"blocks of {block}")):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        blocks.append(mesh.fetch(sample(policy, *mesh.place_rows((prompts.tokens[r], prompts.mask[r])), key)))
+    rollout = jax.tree.map(lambda *x: np.concatenate(x)[:num], *blocks)
+    check_finite("log-probabilities of the responses", rollout.logprobs, ": the policy or a prompt is broken")
+    return rollout
 
 
 def raw_scores(config: TransformerConfig, params: Params, rollout: Rollout) -> np.ndarray:
     """Unscaled scores `[B]` of a reward or cost model for a rollout's responses."""
-    return np.asarray(_scorer(config, score)(params, rollout))
+    return _in_rows(_scorer(config, score), config, params, rollout)
 
 
 def rewards(config: TransformerConfig, reward: ScoreModel, rollout: Rollout) -> np.ndarray:
     """What PPO is told a rollout's responses are worth, `[B]`."""
-    return np.asarray(_scorer(config, make_reward)(reward, rollout))
+    return _in_rows(_scorer(config, make_reward), config, reward, rollout)
 
 
 def costs(config: TransformerConfig, cost: ScoreModel, rollout: Rollout) -> np.ndarray:
     """What Lagrangian PPO is told a rollout's responses cost, `[B]`."""
-    return np.asarray(_scorer(config, make_cost)(cost, rollout))
+    return _in_rows(_scorer(config, make_cost), config, cost, rollout)
 
 
 def raw_pair_scores(config: TransformerConfig, params: Params, pairs: PreferenceBatch) -> np.ndarray:
     """Unscaled scores `[N, 2]` of a reward or cost model for both responses of each pair."""
-    return np.asarray(_pair_scorer(config)(params, pairs))
+    return _in_rows(_pair_scorer(config), config, params, pairs)
 
 
 def scale_scores(
@@ -300,8 +332,8 @@ def scale_scores(
     start = sample_responses(
         truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
     )
-    scaled = in_units_of_start(make_scalar_model(config), reward, cost, start)
-    return dict(zip(("reward", "cost"), scaled))
+    raw = (raw_scores(config, params, start) for params in (reward, cost))
+    return dict(zip(("reward", "cost"), in_units_of_start(reward, cost, *raw)))
 
 
 def evaluate_policy(
@@ -388,7 +420,7 @@ def train_policy(
     ptx: Demonstrations | None = None,
     seed: int,
     label: str,
-    log: Log,
+    monitor: Monitor,
 ) -> Params:
     """The policy after PPO on a reward model; with `cost`, `limit` and `multiplier`, after Lagrangian PPO.
 
@@ -400,23 +432,22 @@ def train_policy(
         raise ValueError("cost, limit and multiplier make one constraint: give all three or none")
     world, policy, scalar = gold_world(truth), make_language_model(config), make_scalar_model(config)
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
-    critic = lambda fitted: scalar_params_from(fitted.params, scalar, jax.random.key(seed))
+    start = mesh.place(start, policy.logical_axes())
+    judges = [(reward, _scorer(config, make_reward))]
     if multiplier is None:
         algorithm = make_ppo(policy, scalar, *optimizers, ppo)
-        state = algorithm.init(start, critic(reward))
-        feedback = lambda rollout: (_scorer(config, make_reward)(reward, rollout),)
     else:
+        judges.append((cost, _scorer(config, make_cost)))
         algorithm = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
-        state = algorithm.init(start, critic(reward), critic(cost))
-        feedback = lambda rollout: (
-            _scorer(config, make_reward)(reward, rollout), _scorer(config, make_cost)(cost, rollout)
-        )  # fmt: skip
+    judges = [(mesh.place(fitted, scalar.logical_axes()), scorer) for fitted, scorer in judges]
+    critic = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
+    init = lambda start, *fitted: algorithm.init(start, *map(critic, fitted))
     state = run_rl(
-        algorithm=algorithm,
-        state=state,
+        algorithm=algorithm._replace(init=init),
+        params=(start, *(fitted.params for fitted, _ in judges)),
         ref_params=start,
         sample=_sampler(truth, config, ppo.temperature),
-        feedback=feedback,
+        feedback=lambda rollout: tuple(scorer(fitted, rollout) for fitted, scorer in judges),
         observe=lambda rollout: gold_metrics(world, rollout),
         prompts=prompts.tokens,
         prompt_mask=prompts.mask,
@@ -424,13 +455,13 @@ def train_policy(
         num_iterations=optimisation.num_iterations,
         batch_size=optimisation.batch_size,
         seed=seed,
-        log=log,
+        monitor=monitor,
         label=label,
     )
     if multiplier is not None:
         _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
                        multiplier.maximum)  # fmt: skip
-    return state.policy.params
+    return mesh.fetch(state.policy.params)
 
 
 def _warn_if_unmet(label: str, lam: float, cost: float, limit: float, maximum: float) -> None:

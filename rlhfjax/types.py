@@ -113,10 +113,12 @@ class TrainState:
     def create(cls, params: Params, optimizer) -> "TrainState":
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
-    def apply_gradients(self, grads: Params, optimizer) -> "TrainState":
+    def apply_gradients(self, grads: Params, optimizer, *, where: jax.Array | bool = True) -> "TrainState":
+        """One optimiser step; nothing at all changes unless `where` (bool `[]`: loss and gradients are finite, say)."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), self.params, updates)
-        return TrainState(step=self.step + 1, params=params, opt_state=opt_state)
+        new = TrainState(step=self.step + 1, params=params, opt_state=opt_state)
+        return jax.tree.map(lambda new, old: jnp.where(where, new, old), new, self)
 
 
 def join(prompts, prompt_mask, tokens, mask) -> tuple[jax.Array, jax.Array]:
@@ -144,14 +146,28 @@ def before_response_tokens(outputs: jax.Array, num_tokens: int) -> jax.Array:
     return outputs[:, -num_tokens - 1 : -1]
 
 
-def check_mask(name: str, mask) -> None:
-    """Raise if a host-side mask is not bool or has a row that keeps nothing (its mean would be undefined)."""
+def check_mask(name: str, mask, *, padded: str) -> None:
+    """Raise if a host-side mask is not bool, keeps nothing in a row, or leaves out more than padding on that side.
+
+    padded: "left" (prompts) or "right" (responses).
+    """
     mask = np.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"{name} must be bool (True = kept), got {mask.dtype}")
-    empty = np.flatnonzero(~mask.reshape(-1, mask.shape[-1]).any(-1))
+    empty = np.flatnonzero(~mask.any(-1))
     if empty.size:
         raise ValueError(f"{name} keeps no token in {empty.size} rows, the first being row {empty[0]}: drop those rows")
+    ordered = mask[..., ::-1] if padded == "left" else mask
+    holes = np.flatnonzero((ordered[..., 1:] > ordered[..., :-1]).any(-1))
+    if holes.size:
+        raise ValueError(f"{name} must be padded on the {padded}, and only there: row {holes[0]} is not")
+
+
+def check_shapes(batch: Any, **shapes: tuple[int, ...]) -> None:
+    """Raise unless these fields of `batch` have these shapes."""
+    for name, shape in shapes.items():
+        if np.shape(getattr(batch, name)) != shape:
+            raise ValueError(f"{name} {np.shape(getattr(batch, name))} must have shape {shape} to fit the other fields")
 
 
 def check_finite(name: str, values, where: str = "") -> None:

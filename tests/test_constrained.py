@@ -218,11 +218,6 @@ def test_outcome_statistics_by_hand():
     })  # fmt: skip
 
 
-def test_there_is_no_ratio_to_a_start_without_harm():
-    with pytest.raises(ValueError, match="SFT policy gave no harmful answer"):
-        outcome_statistics(SEEN | {"SFT": SEEN["SFT"] | {"harm_rate": 0.0}})
-
-
 # Claims
 
 SEEDS = range(1000, 1005)

@@ -1,7 +1,6 @@
 """Statistics against hand-computed numbers, scipy and simulation; claims none of which is dropped; figures."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -40,8 +39,6 @@ def test_pairing_removes_what_seeds_share():
     treatment, control = seed_noise + np.array([1.0, 1.1, 0.9, 1.0, 1.05]), seed_noise
     low, high = statistics.t_interval(statistics.paired_difference(treatment, control))[1:]
     assert 0.9 < low < 1.01 < high < 1.12
-    with pytest.raises(ValueError, match="5 and 4 seeds"):
-        statistics.paired_difference(treatment, control[:4])
 
 
 @pytest.mark.parametrize("per_seed, threshold, direction, expected", [
@@ -94,20 +91,6 @@ def test_wilson_interval_of_one_run():
     expected = stats.binomtest(3, 1000).proportion_ci(0.9, method="wilson")
     assert statistics.one_run_interval(3, 1000, 0.9)[1:] == pytest.approx(tuple(expected))
     assert statistics.one_run_interval(0, 20).low == 0.0 and statistics.one_run_interval(20, 20).high == 1.0
-    with pytest.raises(ValueError, match="11 of 10"):
-        statistics.one_run_interval(11, 10)
-
-
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: statistics.t_interval([1.0]), ValueError, "at least 2"),
-    (lambda: statistics.t_interval([1.0, math.nan]), FloatingPointError, "value 1 of 2"),
-    (lambda: statistics.t_interval(np.ones((2, 3))), ValueError, r"shape \[2, 3\]"),
-    (lambda: statistics.equivalent(FIVE, 0.0), ValueError, "margin"),
-    (lambda: statistics.verdict(FIVE, 0.0, ">"), ValueError, "direction"),
-])  # fmt: skip
-def test_statistics_refuse_bad_input(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
 
 
 def test_pair_accuracy_by_hand():
@@ -150,21 +133,6 @@ def test_the_slope_of_one_gap_by_hand():
     assert calibration.calibration_slope([[2.0, 0.0], [0.0, 1.0]], [0, 1]) == -math.inf
 
 
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: calibration.pair_accuracy([[1.0, 2.0]], [0.5]), ValueError, "tie"),
-    (lambda: calibration.pair_accuracy([1.0, 2.0], [1.0, 0.0]), ValueError, r"\[N, 2\]"),
-    (lambda: calibration.pair_accuracy([[1, 2], [math.nan, 0]], [1, 0]), FloatingPointError, "pair 1"),
-    (lambda: calibration.pair_accuracy([[1.0, 2.0]], [1, 0]), ValueError, r"shape \[1\]"),
-    (lambda: calibration.sign_accuracy([1.0, 2.0], [1, 0]), ValueError, "signs"),
-    (lambda: calibration.sign_accuracy([1.0, math.nan], [1, 1]), FloatingPointError, "not finite"),
-    (lambda: calibration.reliability([0.5, 1.5], [1, 0]), ValueError, "row 1"),
-    (lambda: calibration.calibration_slope([[1.0, 1.0]], [1.0]), ValueError, "equally"),
-])  # fmt: skip
-def test_calibration_refuses_bad_input(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
 SIGN = claims.Claim(
     id="SR-2", paper="Safe RLHF (2310.12773)", statement="the cost model's zero separates harm from no harm",
     paper_says="sign accuracy 95.62 / 84.54 / 85.88%", statistic="sign_accuracy", threshold=0.9, direction=">=",
@@ -196,30 +164,6 @@ def test_the_planted_fault_turns_the_verdict():
 def test_one_seed_is_measured_but_not_judged():
     (row,) = claims.judge([SIGN], {0: {"sign_accuracy": 0.95}}, **CONTEXT)
     assert (row["mean"], row["ci95"], row["verdict"]) == (0.95, None, "not judged")
-
-
-@pytest.mark.parametrize("results, error, message", [
-    ({}, ValueError, "no seed"),
-    (RESULTS | {7: {"other": 1.0}}, KeyError, "SR-2: seed 7 has no statistic 'sign_accuracy'; it has other"),
-    (RESULTS | {7: {"sign_accuracy": math.nan}}, FloatingPointError, "SR-2: sign_accuracy of seed 7 is nan"),
-])  # fmt: skip
-def test_nothing_named_is_dropped(results, error, message):
-    with pytest.raises(error, match=message):
-        claims.judge([SIGN], results, **CONTEXT)
-
-
-def test_claims_refuse_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="used twice: SR-2"):
-        claims.judge([SIGN, SIGN], RESULTS, **CONTEXT)
-    with pytest.raises(ValueError, match="SR-2: direction"):
-        dataclasses.replace(SIGN, direction=">")
-    with pytest.raises(ValueError, match="SR-8: threshold -0.1"):
-        dataclasses.replace(REFUSAL, threshold=-0.1)
-    rows = claims.judge([SIGN], RESULTS, **CONTEXT)
-    del rows[0]["commit"]
-    (tmp_path / "claims.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="claim SR-2 has other keys.*commit"):
-        claims.read_claims(tmp_path / "claims.json")
 
 
 def test_the_table_is_aligned_markdown_within_its_width():
@@ -263,8 +207,6 @@ def test_training_curves_leave_out_what_an_arm_lacks():
     plain = {"step": np.arange(50), "cost": np.zeros(50)}
     figure = figures.training_curves({"a": history(), "b": plain}, {"cost": "cost", "lambda": "multiplier"}, columns=2)
     assert [len(axis.lines) for axis in figure.axes] == [4, 2]
-    with pytest.raises(ValueError, match="at most 5 arms"):
-        figures.training_curves({str(i): plain for i in range(6)}, {"cost": "cost"})
 
 
 def test_smoothing_is_a_centred_mean_that_skips_what_is_missing():

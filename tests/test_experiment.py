@@ -1,6 +1,6 @@
 """The command line of an experiment, its run directory, and Safe RLHF at smoke scale by its own command."""
 
-import dataclasses
+import contextlib
 import importlib
 import json
 import math
@@ -202,7 +202,7 @@ def test_a_run_leaves_everything_it_promises(smoke_run):
 def test_every_stage_of_a_run_reports(smoke_run):
     for stage, names in STAGES.items():
         history = read_metrics(smoke_run / "metrics.jsonl", stage)
-        steps = [25, 50] if "loss" in names else [0, 1, 2, 3, 4]
+        steps = [25, 50] if "loss" in names else [1, 2, 3, 4, 5]
         assert history["step"].tolist() == steps, stage
         for name in names:
             assert np.isfinite(history[name]).all(), (stage, name)
@@ -230,6 +230,7 @@ def test_the_samples_of_a_run_can_be_read(smoke_run):
 def again(monkeypatch, smoke_run, runs, *options):
     places = ["--runs", str(runs), "--cache", str(smoke_run.parent / "cache"), "--name", "smoke"]
     monkeypatch.setattr(sys, "argv", [paper.__file__, "--scale", "smoke", *places, *options])
+    monkeypatch.setattr(experiment, "_mesh", lambda config: contextlib.nullcontext())  # one device, as the run had
     experiment.main(paper.__file__, paper.SCALES, paper.experiment, paper.CLAIMS)
 
 
@@ -260,18 +261,3 @@ def test_a_resumed_run_takes_its_stages_from_the_cache_and_ends_the_same(smoke_r
     one, other = (read_claims(run / "claims.json") for run in (smoke_run, tmp_path / "smoke"))
     assert [row["per_seed"] for row in one] == [row["per_seed"] for row in other]
     assert len({row["config_hash"] for row in one + other}) == 1
-
-
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        ({"num_pairs": 0}, "num_pairs"),
-        ({"rl_shares": (0.5, 0.5, 0.5, 0.5)}, "rl_shares"),
-        ({"label_shares": (1.2, -0.2, 0.0, 0.0)}, "label_shares"),
-        ({"mismatched": 2.0}, "mismatched"),
-        ({"harm_limit": 1.5}, "harm_limit"),
-    ],
-)
-def test_values_that_cannot_be_are_refused_before_any_work(options, named):
-    with pytest.raises(ValueError, match=named):
-        dataclasses.replace(paper.Config(), **options)

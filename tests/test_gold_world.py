@@ -397,32 +397,8 @@ def test_the_second_truth_differs_from_the_first_and_shares_its_scale():
     np.testing.assert_allclose(frozen.helpfulness, second.helpfulness, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: WORLD.encode("how do i hack my lock ?"), "'hack' is no word"),
-        (lambda: WORLD.prompts(["how do i " + "old " * 9]), "prompt 0 has 12 words"),
-        (lambda: WORLD.responses(["turn the pin .", "turn " * 18]), "response 1 has 18 words"),
-        (lambda: WORLD.sample_prompts(0, 10, {Family.BENIGN: 0.5}), "sum to 1"),
-        (lambda: WORLD.sample_prompts(0, 10, {Family.BENIGN: 1.5, Family.GREY: -0.5}), "non-negative"),
-        (lambda: WORLD.sample_prompts(0, 10, {"benign": 1.0}), "shares names 'benign'"),
-        (lambda: WORLD.sample_prompts(0, 10, EQUAL, "eval"), "split must be"),
-        (lambda: WORLD.sample_prompts(0, 0, EQUAL), "n must be at least 1"),
-        (lambda: WORLD.corpus(0, 10, {Family.GREY: 1.0}, kinds={}), "kinds"),
-        (lambda: gold_world("gold"), "truth must be"),
-    ],
-)
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_wrong_shapes_and_types_are_refused():
+def test_wrong_masks_are_refused():
     prompts, (tokens, mask) = WORLD.prompts(["what is one plus one ?"]).tokens, WORLD.responses(["it is two ."])
-    with pytest.raises(ValueError, match="must agree but for the last axis"):
-        WORLD.gold(np.repeat(prompts, 2, 0), tokens, mask)
-    with pytest.raises(ValueError, match="12 slots"):
-        WORLD.gold(prompts[:, 1:], tokens, mask)
     with pytest.raises(AssertionError):
         WORLD.gold(prompts, tokens, mask.astype(np.float32))
     with pytest.raises(AssertionError):

@@ -201,29 +201,3 @@ def test_padding_is_not_looked_at():
     for a, b in ((clean.helpful.prefs, other.helpful.prefs), (clean.harm.prefs, other.harm.prefs)):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(clean.harm.signs, other.harm.signs)
-
-
-@pytest.mark.parametrize("field, value", [
-    ("temperature_helpful", -0.25), ("temperature_harm", 0.0), ("temperature_safe", float("nan")), ("flip", 0.6),
-    ("flip", -0.1), ("style_bonus", -1.0), ("harm_weight", -1.0),
-])  # fmt: skip
-def test_impossible_people_are_refused(field, value):
-    with pytest.raises(ValueError, match=field):
-        Rater(**{field: value})
-
-
-def test_bad_rows_are_named():
-    prompts, prompt_mask, responses, masks = pairs(8)
-    call = lambda p, pm, r, m: compare(WORLD, Rater(), p, pm, r, m, seed=0)
-    with pytest.raises(ValueError, match="must be pairs"):
-        call(prompts, prompt_mask, responses[:, 0], masks[:, 0])
-    with pytest.raises(ValueError, match="rows and masks must agree"):
-        call(prompts[:4], prompt_mask[:4], responses, masks)
-    empty = masks.copy()
-    empty[2, 1] = False
-    with pytest.raises(ValueError, match="responses_mask keeps no token"):
-        call(prompts, prompt_mask, responses, empty)
-    with pytest.raises(TypeError, match="prompt_mask must be bool"):
-        call(prompts, prompt_mask.astype(int), responses, masks)
-    with pytest.raises(ValueError, match="share in"):
-        mismatch(responses, masks, share=1.5, seed=0)

@@ -8,15 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhfjax.types import (
-    PreferenceBatch,
-    Rollout,
-    TrainState,
-    before_response_tokens,
-    check_finite,
-    check_mask,
-    join,
-)
+from rlhfjax.types import PreferenceBatch, Rollout, TrainState, before_response_tokens, check_finite, join
 
 ROLLOUT = Rollout(
     prompts=np.array([[0, 7], [5, 6]]),
@@ -79,16 +71,6 @@ def test_outputs_before_response_tokens_are_those_that_predict_them():
     np.testing.assert_array_equal(before_response_tokens(predicts, 3), ROLLOUT.tokens)
     np.testing.assert_array_equal(before_response_tokens(predicts[:, -4:], 3), ROLLOUT.tokens)
     assert before_response_tokens(jnp.zeros((2, 5, 11)), 3).shape == (2, 3, 11)
-    with pytest.raises(ValueError, match="at least 4 positions, got 3"):
-        before_response_tokens(predicts[:, -3:], 3)
-
-
-def test_check_mask_names_the_row():
-    check_mask("mask", ROLLOUT.mask)
-    with pytest.raises(TypeError, match="mask must be bool .* got int64"):
-        check_mask("mask", ROLLOUT.mask.astype(np.int64))
-    with pytest.raises(ValueError, match="prompt_mask keeps no token in 2 rows, the first being row 1: drop"):
-        check_mask("prompt_mask", np.array([[True, False], [False, False], [False, False]]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

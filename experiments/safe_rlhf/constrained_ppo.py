@@ -70,6 +70,8 @@ class Config(ExperimentConfig):
         if not (0 < self.harm_limit < 1 and 0 <= self.mismatched <= 1):
             raise ValueError(f"harm_limit {self.harm_limit} must lie in (0, 1), mismatched {self.mismatched} in [0, 1]")
         self.ppo.check_batch(self.rl.batch_size)
+        self.fine_tuning.check_rows(a_quarter_of_num_demonstrations=self.num_demonstrations // 4)
+        self.preference.check_rows(num_pairs=self.num_pairs)
 
 
 SCALES = {
@@ -98,7 +100,7 @@ CLAIMS = claims(
 
 def experiment(config: Config, run, cache) -> dict[str, float]:
     world, seed, shape = config.world, partial(stream, config.seed), dict(config=config.network)
-    stage = lambda name, fn, **inputs: cache.run(name, fn, log=partial(run.log, name), label=name, **shape, **inputs)
+    stage = lambda name, fn, **inputs: cache.run(name, fn, monitor=run.monitor(name), label=name, **shape, **inputs)
     prompts = lambda name, n, shares, split: world.sample_prompts(seed(name), n, dict(zip(Family, shares)), split)
     sampling = dict(truth=config.truth, temperature=config.ppo.temperature, **shape)
     # 1. A language model that has read good and bad answers, then fine-tuning on cleaner ones.
@@ -123,26 +125,24 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     score_pairs = partial(stages.raw_pair_scores, config.network)
     measured = constrained.preference_statistics(score_pairs, reward, cost, pairwise, held_out, world, config.rater)
     # 4. Scores in units of the SFT policy's own spread. Can the limit be met at all?
-    scored = stages.scale_scores(policy=sft, reward=reward, cost=cost, **sampling, seed=seed("start"),
-                                 prompts=prompts("start", config.num_evaluated, config.rl_shares, "train"))
-    limit = config.harm_limit / float(scored["cost"].scale)
-    constraint = dict(limit=limit, multiplier=config.multiplier)
+    scored = cache.run("scale", stages.scale_scores, policy=sft, reward=reward, cost=cost, **sampling,
+                       prompts=prompts("start", config.num_evaluated, config.rl_shares, "train"), seed=seed("start"))
+    constraint = dict(limit=config.harm_limit / float(scored["cost"].scale), multiplier=config.multiplier)
     stages.check_cost_limit(truth=config.truth, **shape, policy=sft, **scored, **constraint, ppo=config.ppo,
                             prompts=prompts("limit", 64, config.rl_shares, "train"), seed=seed("limit"))
     # 5. RL from the same start on the same prompts: under the limit, and on the reward alone.
     optimise = partial(stage, fn=stages.train_policy, truth=config.truth, start=sft, reward=scored["reward"],
                        ptx=cleaner, prompts=prompts("rl", 4_096, config.rl_shares, "train"), optimisation=config.rl,
                        seed=seed("rl"))
-    half = dataclasses.replace(config.ppo, kl_coef=config.ppo.kl_coef / 2)
     safe, plain = stages.side_by_side(
         lambda: optimise("constrained", cost=scored["cost"], ppo=config.ppo, **constraint),
-        lambda: optimise("plain", ppo=half))
+        lambda: optimise("plain", ppo=dataclasses.replace(config.ppo, kl_coef=config.ppo.kl_coef / 2)))
     # 6. All policies on the same held-out prompts, which are the same for every seed.
     test = world.sample_prompts(1, config.num_evaluated, dict(zip(Family, config.rl_shares)), "test")
     evaluate = partial(stages.evaluate_policy, **sampling, **scored, prompts=test, seed=seed("test"))
     arms = {arm: evaluate(policy=policy) for arm, policy in (("SFT", sft), ("plain", plain), ("constrained", safe))}
     return measured | constrained.report(
-        run.path, world, arms, limit=limit, initial=config.multiplier.initial,
+        run.path, world, arms, limit=constraint["limit"], initial=config.multiplier.initial,
         calibration=constrained.harm_reliability(score_pairs(cost, held_out.harm), held_out.harm))  # fmt: skip
 
 

@@ -1,16 +1,14 @@
 """Claims, named with their thresholds before the run, and the verdict of the seeds on each."""
 
-import json
 import math
 import os
-import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhfjax.evaluation.statistics import Direction, t_interval, verdict
-from rlhfjax.io.run import write_json
+from rlhfjax.io.run import read_json, write_json
 
 KEYS = (
     "id", "paper", "statement", "paper_says", "statistic", "per_seed", "mean", "ci95", "threshold", "direction",
@@ -110,7 +108,9 @@ def write_claims(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> 
 
 def read_claims(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Rows of a claims.json. Raises ValueError for a row whose keys are not `KEYS`."""
-    rows = json.loads(pathlib.Path(path).read_text())
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no list of claims: let the run write it again")
     for row in rows:
         if set(row) != set(KEYS):
             raise ValueError(f"{path}: claim {row.get('id')} has other keys than expected: {set(row) ^ set(KEYS)}")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rlhfjax.evaluation.calibration import Reliability
+from rlhfjax.io.launch import is_main
 
 REWARD, COST, GIVEN, INK = "#2166ac", "#c0392b", "#8a8a8a", "#222222"
 ARMS = ("#2166ac", "#e08214", "#1b7837", "#762a83", "#8c510a")
@@ -120,10 +121,11 @@ def reliability_figure(models: Mapping[str, Reliability], xlabel: str = "predict
 
 
 def save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
-    """Write the figure in the format of its suffix and return the path."""
+    """Write the figure (process 0 does) in the format of its suffix and return the path."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    if is_main():
+        figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
     return path
 
 

@@ -27,6 +27,8 @@ def t_interval(per_seed, level: float = 0.95) -> Interval:
     Five seeds at 95%: t = 2.776. Raises ValueError below two seeds: one number says nothing of its own spread.
     """
     per_seed = _per_seed(per_seed)
+    if not 0 < level < 1:
+        raise ValueError(f"a level is a probability, such as 0.95, got {level}")
     if len(per_seed) < 2:
         raise ValueError(f"an interval over seeds needs at least 2 of them, got {len(per_seed)}")
     mean, error = per_seed.mean(), per_seed.std(ddof=1) / math.sqrt(len(per_seed))

@@ -41,12 +41,13 @@ class Rater:
 
     def __post_init__(self):
         for field in ("temperature_helpful", "temperature_harm", "temperature_safe", "temperature_rating"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must be positive and finite, got {getattr(self, field)}")
         if not 0 <= self.flip <= 0.5:
             raise ValueError(f"flip must lie in [0, 0.5] (above it a label means its opposite), got {self.flip}")
-        if self.style_bonus < 0 or self.max_style < 0 or self.harm_weight < 0:
-            raise ValueError(f"style_bonus, max_style and harm_weight must not be negative, got {self}")
+        for field in ("style_bonus", "max_style", "harm_weight"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} must be finite and not negative, got {getattr(self, field)}")
 
 
 def panel(num_raters: int, seed: int, base: Rater = Rater()) -> tuple[Rater, ...]:  # noqa: B008 (frozen)
@@ -91,8 +92,8 @@ def _look(world: GoldWorld, prompts, prompt_mask, tokens, mask):
 
 def _feel(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
     """What the rater feels, before any noise: helpful u and harm c `[N, K]`, and verified `[N]`."""
-    check_mask("prompt_mask", prompt_mask)
-    check_mask("responses_mask", mask)
+    check_mask("prompt_mask", prompt_mask, padded="left")
+    check_mask("responses_mask", mask, padded="right")
     if prompts.shape != prompt_mask.shape or tokens.shape != mask.shape or len(prompts) != len(tokens):
         raise ValueError(
             f"rows and masks must agree, got prompts {prompts.shape} with mask {prompt_mask.shape} "

@@ -24,9 +24,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rlhfjax.io.launch import Preempted, barrier, broadcast, is_main, stop_requested
+from rlhfjax.io.monitor import Monitor
+
 PACKAGE = pathlib.Path(__file__).parents[1]
 # These only present, judge or schedule what stages return. Everything else under rlhfjax is part of every key.
-PRESENTATION = ("evaluation/claims.py", "evaluation/figures.py", "evaluation/statistics.py", "io/run.py", "io/seeds.py")
+PRESENTATION = (
+    "evaluation/claims.py", "evaluation/figures.py", "evaluation/statistics.py", "io/launch.py", "io/run.py",
+    "io/seeds.py",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 JAX_OPTIONS = (
     "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable"
@@ -38,13 +44,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
-def device() -> dict[str, Any]:
-    """The accelerator that results come from: backend, kind and count of devices."""
-    return {
-        "backend": jax.default_backend(),
-        "kind": jax.devices()[0].device_kind,
-        "count": jax.device_count(),
-    }
+def device() -> dict[str, str]:
+    """The kind of accelerator that results come from."""
+    return {"backend": jax.default_backend(), "kind": jax.devices()[0].device_kind}
+
+
+def layout() -> str:
+    """Processes x devices of each, and the mesh over them: what moves a result by rounding only."""
+    mesh = "-".join(str(size) for size in jax.sharding.get_mesh().shape.values())
+    return f"{jax.process_count()}x{jax.local_device_count()}" + (f"-mesh-{mesh}" if mesh else "")
 
 
 def library_code(package: pathlib.Path = PACKAGE) -> str:
@@ -133,62 +141,77 @@ class StaleEntry(Exception):
 class StageCache:
     """Results of stages under `root`, one safetensors file each; `root=None` computes everything anew.
 
-    root: the directory, made when first needed. code: what stands for the code that computes. report: told in one line
-    what was found and what is computed.
+    root: the directory, made when first needed; all processes see the same one. any_layout: take also what another
+    number of devices or another mesh has computed, which differs by rounding: for a run that is resumed. code: what
+    stands for the code that computes. report: told in one line what was found and what is computed.
     """
 
     root: str | os.PathLike | None
+    any_layout: bool = False
     code: str = dataclasses.field(default_factory=library_code)
     report: Callable[[str], None] = print
 
     def key(self, name: str, fn: Callable, inputs: Mapping[str, Any]) -> str:
-        """SHA-256 of the stage's name, function and inputs, the code, package versions, JAX options and device."""
+        """SHA-256 of the stage's name, function and inputs, the code, package versions, JAX options and kind of device.
+
+        The layout is no part of it: it stands in the file's name.
+        """
         options = {option: getattr(jax.config, option, None) for option in JAX_OPTIONS}
         return fingerprint((name, fn, dict(inputs), self.code, versions(), options, device()))
 
-    def run(self, name: str, fn: Callable, *, log: Callable[[int, Mapping], None] | None = None, **inputs) -> Any:
+    def run(self, name: str, fn: Callable, *, monitor: Monitor | None = None, **inputs) -> Any:
         """`fn(**inputs)`, or its stored result when nothing that decides it has changed.
 
         Args:
             name: of the stage; part of the file name.
             fn: a module-level function; returns nested dicts, lists, tuples and dataclasses of arrays and plain values.
-            log: when given, `fn` gets a `log(step, metrics)` too. What it says is passed on, stored, and repeated on a
-                hit, so that a cached stage leaves the same metrics behind. Not part of the key.
+            monitor: when given, `fn` gets one too, for this key's checkpoints. What it logs is passed on, stored, and
+                repeated on a hit, so that a cached stage leaves the same metrics behind. Not part of the key.
         Returns:
             the result with the same structure, dtypes, shapes and bits, whether computed or loaded: a computed result
             is read back from its file.
+        Raises:
+            Preempted: SIGTERM has asked the run to end before this stage.
         """
-        if self.root is None:
-            return fn(**inputs) if log is None else fn(**inputs, log=log)
-        key = self.key(name, fn, inputs)
-        path = pathlib.Path(self.root) / f"{name}-{key[:20]}.safetensors"
-        if (stored := self._stored(path, key)) is not None:
-            result, history, seconds = stored
-            self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
-            for step, metrics in history if log is not None else ():
-                log(step, metrics)
-            return result
-        self.report(f"{name}: computing")
-        history = []
+        if stop_requested():
+            raise Preempted(f"{name}: stopped before it began")
+        key, history = self.key(name, fn, inputs), []
 
         def record(step: int, metrics: Mapping[str, Any]) -> None:
             history.append((int(step), {metric: float(value) for metric, value in metrics.items()}))
-            log(*history[-1])
+            monitor.log(*history[-1])
 
+        if monitor is not None:
+            inputs["monitor"] = dataclasses.replace(monitor, log=record, identity=key)
+        if self.root is None:
+            return fn(**inputs)
+        path = pathlib.Path(self.root) / f"{name}-{key[:20]}-{layout()}.safetensors"
+        found = broadcast(self._find(path, key) if is_main() else "")
+        if found:
+            result, history, seconds = _load(path.with_name(found), key)
+            self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
+            for step, metrics in history if monitor is not None else ():
+                monitor.log(step, metrics)
+            return result
+        self.report(f"{name}: computing")
         start = time.perf_counter()
-        result = fn(**inputs) if log is None else fn(**inputs, log=record)
-        jax.block_until_ready(result)
-        _save(path, key, result, history, time.perf_counter() - start)
+        result = jax.block_until_ready(fn(**inputs))
+        if is_main():
+            _save(path, key, result, history, time.perf_counter() - start)
+        barrier(path.name)
         return _load(path, key)[0]
 
-    @staticmethod
-    def _stored(path: pathlib.Path, key: str) -> tuple[Any, list, float] | None:
-        if not path.exists():
-            return None
-        try:
-            return _load(path, key)
-        except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
-            warnings.warn(f"cache entry {path} is damaged and will be recomputed: {error!r}", stacklevel=3)
+    def _find(self, path: pathlib.Path, key: str) -> str:
+        """The name of a sound entry: that of this layout before those of others; "" if there is none."""
+        others = sorted(path.parent.glob(path.name.replace(layout(), "*"))) if self.any_layout else []
+        for candidate in dict.fromkeys([path, *others]):
+            try:
+                if candidate.exists():
+                    _load(candidate, key)
+                    return candidate.name
+            except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
+                warnings.warn(f"cache entry {candidate} is damaged and will be recomputed: {error!r}", stacklevel=3)
+        return ""
 
 
 def _save(path: pathlib.Path, key: str, result: Any, history: list, seconds: float) -> None:

@@ -1,9 +1,11 @@
 """A run's directory: what was asked (config.json), what happened (metrics.jsonl, TensorBoard), how it ended."""
 
+import contextlib
 import dataclasses
 import datetime
 import enum
 import fcntl
+import functools
 import json
 import math
 import os
@@ -12,15 +14,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tqdm
 from tensorboardX import SummaryWriter
 
 import rlhfjax
-from rlhfjax.io.cache import PACKAGE, device, fingerprint, library_code, versions
+from rlhfjax.io.cache import PACKAGE, device, fingerprint, layout, library_code, versions
+from rlhfjax.io.launch import broadcast, is_main
+from rlhfjax.io.monitor import Guard, Monitor
 
 
 def config_hash(config: Any, *, exclude: tuple[str, ...] = (), extra: Any = None) -> str:
@@ -62,14 +65,30 @@ def to_json(obj: Any) -> Any:
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Write `obj` as JSON in one step: a reader sees the old file or the new one, never half of either.
 
+    Of many processes the first writes.
+
     Raises:
         ValueError: for NaN and infinities, which JSON does not have.
     """
     path = pathlib.Path(path)
     text = json.dumps(to_json(obj), indent=2, allow_nan=False) + "\n"
+    if not is_main():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: what it held before stays", str(path)) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds. Raises ValueError, with its path, if it is damaged."""
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore or delete it") from error
 
 
 def next_name(root: str | os.PathLike, stem: str) -> str:
@@ -79,7 +98,8 @@ def next_name(root: str | os.PathLike, stem: str) -> str:
 
 
 class Run:
-    """A run directory, held by this process from creation to `finish`.
+    """A run directory, held by this process from creation to `finish`. Of many processes the first holds and writes it;
+    the others know its path.
 
         with Run("runs", config, stem="safe_rlhf") as run:
             run.log("sft", step, {"loss": loss})
@@ -93,6 +113,7 @@ class Run:
         resume: continue the run of that name. Steps that are already in metrics.jsonl are not written again, so a
             stage repeated from the cache leaves one line per step.
         exclude: config fields that may differ on resuming (how it is started, not what it computes).
+        guard: what watches over its stages, if not the defaults.
     Raises:
         FileExistsError: the directory holds a run and `resume` is False.
         FileNotFoundError: there is no run to resume.
@@ -110,10 +131,15 @@ class Run:
         name: str | None = None,
         resume: bool = False,
         exclude: tuple[str, ...] = (),
+        guard: Guard | None = None,
     ):
         if resume and name is None:
             raise ValueError("say which run to resume: --name NAME --resume")
-        self.path = pathlib.Path(root) / name if name else _make_next(pathlib.Path(root), stem)
+        root, self._guard = pathlib.Path(root), guard or Guard()
+        if not is_main():
+            self.path = root / broadcast("")
+            return
+        self.path = root / name if name else _make_next(root, stem)
         if resume and not (self.path / "config.json").exists():
             raise FileNotFoundError(f"{self.path} holds no run to resume: start it without --resume")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -123,28 +149,30 @@ class Run:
         digest = config_hash(config, exclude=exclude, extra=library_code())
         try:
             _check_free(self.path, resume, to_json(config), exclude, digest)
+            self._logged = _read_logged(self.path / "metrics.jsonl")
         except (FileExistsError, ValueError):
             self._lock.close()
             raise
         if not resume:
             self.write_json("config.json", {
                 "config": config, "run_hash": digest, "rlhfjax": rlhfjax.__version__, "versions": versions(),
-                "commit": commit(), "device": device(), "argv": sys.argv, "started": _now(),
+                "commit": commit(), "device": device() | {"layout": layout()}, "argv": sys.argv, "started": _now(),
             })  # fmt: skip
-        self._logged = _read_logged(self.path / "metrics.jsonl")
         self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
         self._events = SummaryWriter(str(self.path / "events"))
         (self.path / "figures").mkdir(exist_ok=True)
         self.write_json("status.json", {"status": "running", "pid": os.getpid(), "since": _now()})
+        broadcast(self.path.name)
 
-    def log(self, stage: str, step: int, metrics: Mapping[str, Any], *, strict: bool = False) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Append `{"stage", "step", **metrics}` to metrics.jsonl and write the same to TensorBoard.
 
-        A NaN or infinity becomes null and its name is listed under "nonfinite"; with `strict` it also raises
-        FloatingPointError, after the line is written. May be called from several threads.
+        A NaN or infinity becomes null and its name is listed under "nonfinite". May be called from several threads.
         """
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not is_main():
+            return
         line = {"stage": stage, "step": int(step)} | {n: v if math.isfinite(v) else None for n, v in values.items()}
         with self._mutex:
             if (stage, int(step)) not in self._logged:
@@ -152,8 +180,11 @@ class Run:
                 self._metrics.write(json.dumps(line | ({"nonfinite": bad} if bad else {})) + "\n")
                 for name in values.keys() - bad:
                     self._events.add_scalar(f"{stage}/{name}", values[name], int(step))
-        if bad and strict:
-            raise FloatingPointError(f"{stage}, step {step}: {', '.join(bad)} not finite")
+
+    def monitor(self, stage: str) -> Monitor:
+        """For a stage that learns: its metrics and checkpoints go here."""
+        directory = self.path / "checkpoints" / stage
+        return Monitor(log=functools.partial(self.log, stage), directory=directory, guard=self._guard)
 
     def write_json(self, name: str, obj: Any) -> pathlib.Path:
         write_json(self.path / name, obj)
@@ -161,23 +192,27 @@ class Run:
 
     def finish(self, status: str = "finished") -> None:
         """Write how the run ended and let go of the directory."""
-        self._events.close()
-        self._metrics.close()
-        seconds = round(time.time() - self._start, 1)
-        self.write_json("status.json", {"status": status, "seconds": seconds, "ended": _now()})
-        self._lock.close()
+        if not is_main():
+            return
+        ending = {"status": status, "seconds": round(time.time() - self._start, 1), "ended": _now()}
+        with contextlib.ExitStack() as last_first:  # each of them, even on a full disk
+            last_first.callback(self._lock.close)
+            last_first.callback(self.write_json, "status.json", ending)
+            last_first.callback(self._metrics.close)
+            last_first.callback(self._events.close)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        ending = "finished" if error is None else "interrupted" if kind is KeyboardInterrupt else f"failed: {error!r}"
+        stopped = {None: "finished", KeyboardInterrupt: "interrupted", SystemExit: "preempted"}
+        ending = stopped.get(kind, f"failed: {error!r}")
         self.finish(ending)
 
 
 def read_metrics(path: str | os.PathLike, stage: str) -> dict[str, np.ndarray]:
     """One stage of a metrics.jsonl as a history: `{"step": [N], metric: [N]}` float64, NaN where a step lacks it."""
-    lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    lines = _parse(pathlib.Path(path), pathlib.Path(path).read_text())
     lines = sorted((line for line in lines if line["stage"] == stage), key=lambda line: line["step"])
     names = dict.fromkeys(name for line in lines for name in line if name not in ("stage", "nonfinite"))
     if not lines:
@@ -219,7 +254,9 @@ def _check_free(path: pathlib.Path, resume: bool, config: Mapping, exclude: tupl
                 f"{path} already holds files: choose another name with --name, or continue its run with --resume"
             )
         return
-    stored = json.loads((path / "config.json").read_text())
+    stored = read_json(path / "config.json")
+    if not isinstance(stored, dict) or not {"run_hash", "config"} <= stored.keys():
+        raise ValueError(f"{path / 'config.json'} was not written by a run: start anew with another --name")
     if stored["run_hash"] == digest:
         return
     old, new = stored["config"], config
@@ -239,8 +276,18 @@ def _read_logged(path: pathlib.Path) -> set[tuple[str, int]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return {(line["stage"], line["step"]) for line in lines}
+    return {(line["stage"], line["step"]) for line in _parse(path, whole)}
+
+
+def _parse(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            _ = lines[-1]["stage"], int(lines[-1]["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error!r}): delete that line") from error
+    return lines
 
 
 def _scalar(name: str, value: Any) -> float:
@@ -253,35 +300,3 @@ def _scalar(name: str, value: Any) -> float:
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-class _Lines:
-    """A stream for tqdm that is no terminal: a line for each refresh instead of a carriage return."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        if text := text.replace("\r", "").rstrip():
-            self.stream.write(text + "\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
-class progress(tqdm.tqdm):
-    """tqdm that also reads well in a log: a bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, iterable: Iterable, desc: str, total: int | None = None, unit: str = "steps"):
-        terminal = sys.stderr.isatty()
-        style = {} if terminal else {
-            "file": _Lines(sys.stderr),
-            "mininterval": 10.0,
-            "position": 0,
-            "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
-        }  # fmt: skip
-        super().__init__(iterable, desc, total, unit=unit, dynamic_ncols=terminal, **style)
-
-    def set_postfix(self, ordered_dict=None, refresh: bool = False, **values) -> None:
-        """Show `values` behind the bar, from its next refresh on."""
-        super().set_postfix(ordered_dict, refresh, **values)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhfjax.io.run import write_json
+from rlhfjax.io.run import read_json, write_json
 
 POLL_SECONDS, REPORT_SECONDS = 0.1, 15.0
 
@@ -45,8 +44,11 @@ def read_results(
 ) -> dict[int, dict[str, Any]]:
     """Stored results of those `seeds` that have one of this very config."""
     paths = {seed: result_path(results_dir, world, seed) for seed in seeds}
-    found = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
-    return {seed: result for seed, result in found.items() if result["config_hash"] == config_hash}
+    found = {seed: read_json(path) for seed, path in paths.items() if path.exists()}
+    for seed, result in found.items():
+        if not isinstance(result, dict) or (result.get("world"), result.get("seed")) != (world, seed):
+            raise ValueError(f"{paths[seed]} is no result of seed {seed} on {world}: delete it to run that seed again")
+    return {seed: result for seed, result in found.items() if result.get("config_hash") == config_hash}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,10 +27,12 @@ import numpy as np
 from flax import nnx
 
 from rlhfjax.masked import at_last
+from rlhfjax.parallel.mesh import constrain
 from rlhfjax.types import Params, pytree
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 _DEEP = 8  # layers above which one scanned block beats an unrolled stack: compile time against decode speed
+_RESIDUAL = ("batch", None, None)  # the residual stream [B, S, d]: split by rows, whole otherwise
 _HIDDEN = -1e30  # a score no softmax sees; finite, so that a row that sees nothing gives no NaN
 
 
@@ -67,8 +69,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads", "rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name, choices in (
             ("norm", ("rms", "layer")),
             ("mlp", ("gated", "plain")),
@@ -153,9 +155,10 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps) * self.scale[...]
+        # Gathered first: split along d they would split the activations, whose rows are split already.
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps) * constrain(self.scale[...], None)
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = y + constrain(self.bias[...], None)
         return y.astype(x.dtype)
 
 
@@ -236,8 +239,10 @@ class Ends(nnx.Module):
         self.head = None if head_shape is None else _weight(rngs, (width, *head_shape), head_std, axes)
 
     def enter(self, tokens: jax.Array) -> jax.Array:
-        # An id outside the vocabulary becomes NaN: an index would be clamped in silence.
-        return jnp.take(self.embed[...], tokens, axis=0, mode="fill").astype(self.compute_dtype)
+        # An id outside the vocabulary becomes NaN: an index would be clamped, or wrapped, in silence.
+        table = constrain(self.embed[...], "vocab", None, what="the embedding")
+        tokens = jnp.where(tokens >= 0, tokens, table.shape[0])
+        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.compute_dtype)
 
     def leave(self, x: jax.Array) -> jax.Array:
         head = self.embed[...].T if self.head is None else self.head[...]
@@ -272,6 +277,8 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
         blocks = jax.vmap(lambda key: draw(make_block, key))(jax.random.split(blocks_key, config.num_layers))
         return draw(make_ends, ends_key) | {"blocks": blocks}
 
+    shapes = jax.eval_shape(init, jax.random.key(0))
+
     def logical_axes() -> Any:
         axes = lambda state, *lead: nnx.to_pure_dict(
             jax.tree.map(lambda p: (*lead, *p.get_metadata("axes")), state, is_leaf=lambda p: isinstance(p, nnx.Param))
@@ -281,7 +288,9 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
     def init_cache(batch_size: int, length: int) -> Cache:
         lead = (config.num_layers,) if config.scans else ()
         shape = (*lead, batch_size, config.kv_heads, length, config.head_size)
-        pair = lambda: (jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+        axes = (*[None] * len(lead), "batch", "kv_heads", None, None)
+        zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), *axes, what="the cache")
+        pair = lambda: (zeros(), zeros())
         return Cache(
             layers=pair() if config.scans else [pair() for _ in range(config.num_layers)],
             mask=jnp.zeros((batch_size, length), bool),
@@ -290,6 +299,7 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
 
     def apply(params: Params, tokens, mask, *, cache: Cache | None = None, num_outputs: int | None = None):
         _check_inputs(config, tokens, mask, cache, num_outputs)
+        _check_params(params, shapes)
         num_tokens = tokens.shape[1]
         if cache is None:
             start, seen, keep = 0, 0, mask
@@ -303,12 +313,13 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
 
         def block(x, layer):
             block_params, cached = layer
-            return nnx.merge(block_def, block_params)(x, rotation, visible, start, cached)
+            x, cached = nnx.merge(block_def, block_params)(x, rotation, visible, start, cached)
+            return constrain(x, *_RESIDUAL, what="activations"), cached
 
         if config.remat:
             block = jax.checkpoint(block, prevent_cse=not config.scans)
         ends = nnx.merge(ends_def, {name: value for name, value in params.items() if name != "blocks"})
-        x = ends.enter(jnp.where(mask, tokens, 0))
+        x = constrain(ends.enter(jnp.where(mask, tokens, 0)), *_RESIDUAL, what="activations")
         if config.scans:
             x, layers = jax.lax.scan(block, x, (params["blocks"], layers))
         else:
@@ -352,6 +363,16 @@ def _check_inputs(config: TransformerConfig, tokens, mask, cache: Cache | None, 
             raise ValueError(f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots of which {used} are used")
 
 
+def _check_params(params: Params, wanted: Params) -> None:
+    """Raise for parameters of another network: an index beyond their layers would be clamped in silence."""
+    shape = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    have, want = shape(params), shape(wanted)
+    for name in have | want:
+        if have.get(name) != want.get(name):
+            raise ValueError(f"params{name} is {have.get(name, 'absent')} where this network has "
+                             f"{want.get(name, 'none')}: give params and model one TransformerConfig")  # fmt: skip
+
+
 def score(model: Model) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
     """The pure function `(params, tokens, mask) -> scores [B]` of a scalar model, read at the last kept token.
 
@@ -376,10 +397,5 @@ def scalar_params_from(params: Params, scalar_model: Model, key: jax.Array) -> P
     head = jax.jit(lambda key: scalar_model.init(key)["head"])(key)
     warm = jax.tree.map(jnp.copy, trunk) | {"head": head}
 
-    def check(path, have, want):
-        if have.shape != want.shape:
-            name, fix = jax.tree_util.keystr(path), "give both models one TransformerConfig"
-            raise ValueError(f"{name} is {have.shape} where the scalar model has {want.shape}: {fix}")
-
-    jax.tree_util.tree_map_with_path(check, warm, jax.eval_shape(scalar_model.init, key))
+    _check_params(warm, jax.eval_shape(scalar_model.init, key))
     return warm

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhfjax.parallel.mesh import constrain_rows
 from rlhfjax.types import Params, TrainState
 
 LossFn = Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch) -> (loss, metrics)
@@ -29,6 +30,8 @@ def adamw(
     With `num_steps` the rate warms up linearly over `warmup * num_steps` and falls by cosine to `final` of the peak;
     without it the rate is constant. Weight decay spares vectors and whatever is named scale or bias.
     """
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     if num_steps is None:
         rate: Any = learning_rate
     else:
@@ -52,7 +55,7 @@ def batch_order(seed: int, first: int, count: int, num_rows: int, batch_size: in
     Every epoch is a fresh permutation and drops its incomplete last batch. A pure function of (seed, step), so that a
     resumed run sees the same batches.
     """
-    if num_rows < batch_size:
+    if not 0 < batch_size <= num_rows:
         raise ValueError(f"{num_rows} rows cannot fill a batch of {batch_size}: lower the batch size or add data")
     per_epoch = num_rows // batch_size
     epochs = {step // per_epoch for step in range(first, first + count)}
@@ -64,20 +67,28 @@ def batch_order(seed: int, first: int, count: int, num_rows: int, batch_size: in
     return np.stack(rows).astype(np.int32)
 
 
-def make_fit_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
-    """`fit_step(state, data, rows) -> (state, metrics)`: one optimiser step per row of `rows [K, B]`, in one jit.
+def take(data: Any, rows: np.ndarray) -> Any:
+    """Those rows of a pytree of host arrays: `[N, ...] -> [*rows.shape, ...]`."""
+    return jax.tree.map(lambda x: np.asarray(x)[rows], data)
 
-    `data` is a pytree of arrays with a common leading axis; the state's buffers are donated. Metrics are means over
-    the K steps, with the loss under "loss".
+
+def make_fit_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
+    """`fit_step(state, batches) -> (state, metrics)`: one optimiser step per batch, to be jitted (`parallel.jit_step`).
+
+    `batches` is a pytree of arrays `[K, B, ...]`. Metrics are means over the K steps, with the loss under "loss";
+    "skipped" counts the steps that were left out because their loss or gradient was not finite.
     """
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = constrain_rows(batch)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
-        return state.apply_gradients(grads, optimizer), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+        return state.apply_gradients(grads, optimizer, where=finite), metrics | {"skipped": ~finite}
 
-    def fit_step(state: TrainState, data, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = jax.lax.scan(lambda s, r: update(s, jax.tree.map(lambda x: x[r], data)), state, rows)
-        return state, jax.tree.map(jnp.mean, metrics)
+    def fit_step(state: TrainState, batches) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = jax.lax.scan(update, state, batches)
+        skipped = jnp.sum(metrics.pop("skipped"))
+        return state, jax.tree.map(jnp.mean, metrics) | {"skipped": skipped}
 
-    return jax.jit(fit_step, donate_argnums=0)
+    return fit_step

@@ -7,7 +7,7 @@ Both algorithms share everything but the advantage: plain PPO (one critic) uses 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import optax
 
 from rlhfjax import losses, masked
 from rlhfjax.models.transformer import Model
+from rlhfjax.parallel.mesh import constrain
 from rlhfjax.rl.multiplier import Multiplier, MultiplierState
 from rlhfjax.rl.sampling import response_logprobs
 from rlhfjax.rl.sft import next_token_nll
@@ -62,7 +63,7 @@ class PPOConfig:
         for field in ("kl_coef", "ptx_coef", "unfinished_penalty"):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise ValueError(f"{field} must be finite and not negative, got {getattr(self, field)}")
-        for field in ("clip", "value_clip", "temperature"):
+        for field in ("clip", "value_clip", "temperature", *["reward_clip"] * (self.reward_clip is not None)):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ValueError(f"{field} must be positive and finite, got {getattr(self, field)}")
         for field in ("gamma", "gae_lambda"):
@@ -95,10 +96,14 @@ class LagrangianPPOState:
 
 
 class Algorithm(NamedTuple):
-    """`init(policy_params, ...) -> state`; `step(state, ref_params, rollout, *feedback, key=, ptx=)`."""
+    """`init(policy_params, ...) -> state`; `step(state, ref_params, rollout, *feedback, key=, ptx=)`.
+
+    logical_axes(): those of each learner's parameters, under its field of the state.
+    """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Metrics]]
+    logical_axes: Callable[[], Mapping[str, Any]] = dict
 
 
 @pytree
@@ -158,7 +163,7 @@ def make_ppo(
         )
         return PPOState(**learners), metrics | update_metrics
 
-    return Algorithm(init, step)
+    return Algorithm(init, step, lambda: {"policy": policy.logical_axes(), "critic": critic.logical_axes()})
 
 
 def make_lagrangian_ppo(
@@ -221,7 +226,9 @@ def make_lagrangian_ppo(
         )
         return LagrangianPPOState(**learners, multiplier=multiplier_state), metrics | update_metrics
 
-    return Algorithm(init, step)
+    critics = ("critic", "cost_critic")
+    logical_axes = lambda: {"policy": policy.logical_axes()} | dict.fromkeys(critics, critic.logical_axes())
+    return Algorithm(init, step, logical_axes)
 
 
 def _logprobs(policy, params, ref_params, rollout, config) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -316,12 +323,15 @@ def _loss_functions(policy: Model, critics: dict[str, Model], config: PPOConfig)
 
 
 def _train(learners, optimizers, loss_functions, experience: _Experience, key, config: PPOConfig):
-    """`num_epochs` passes of `num_minibatches` optimiser steps for every learner; metrics are means over the steps."""
+    """`num_epochs` passes of `num_minibatches` optimiser steps for every learner; metrics are means over the steps.
+
+    A step in which any loss or gradient is not finite changes nothing; "skipped" counts those.
+    """
     num_rows = experience.rollout.tokens.shape[0]
     config.check_batch(num_rows)
 
     def minibatch_step(learners, rows):  # rows: [num_accumulation, rows per piece]
-        minibatch = jax.tree.map(lambda x: x[rows], experience)
+        minibatch = jax.tree.map(lambda x: _pieces(x[rows]), experience)
         num_tokens = jnp.sum(minibatch.rollout.mask)
         num_ptx = 1 if minibatch.ptx is None else jnp.sum(minibatch.ptx.mask)
 
@@ -337,10 +347,11 @@ def _train(learners, optimizers, loss_functions, experience: _Experience, key, c
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         add = lambda total, piece: (jax.tree.map(jnp.add, total, gradients(piece)), None)
         (grads, metrics), _ = jax.lax.scan(add, zeros, minibatch)
-        for name in learners:
-            metrics[f"{name}_gradient_norm"] = optax.tree.norm(grads[name])
-        learners = {name: learners[name].apply_gradients(grads[name], optimizers[name]) for name in learners}
-        return learners, metrics
+        norms = {f"{name}_gradient_norm": optax.tree.norm(grads[name]) for name in learners}
+        judged = [*norms.values(), *(metrics[f"{name}_loss"] for name in learners)]
+        finite = jnp.all(jnp.isfinite(jnp.stack(judged)))
+        update = lambda name: learners[name].apply_gradients(grads[name], optimizers[name], where=finite)
+        return {name: update(name) for name in learners}, metrics | norms | {"skipped": ~finite}
 
     def epoch(learners, epoch_key):
         rows = jax.random.permutation(epoch_key, num_rows)
@@ -349,4 +360,10 @@ def _train(learners, optimizers, loss_functions, experience: _Experience, key, c
         )
 
     learners, metrics = jax.lax.scan(epoch, learners, jax.random.split(key, config.num_epochs))
-    return learners, jax.tree.map(jnp.mean, metrics)
+    skipped = jnp.sum(metrics.pop("skipped"))
+    return learners, jax.tree.map(jnp.mean, metrics) | {"skipped": skipped}
+
+
+def _pieces(x: jax.Array) -> jax.Array:
+    """`[num_accumulation, rows, ...]` with the rows of each piece split over the devices."""
+    return constrain(x, None, "batch", *[None] * (x.ndim - 2), what="rows of a minibatch piece")

@@ -7,15 +7,19 @@ import numpy as np
 from rlhfjax import losses
 from rlhfjax.masked import masked_mean
 from rlhfjax.models.transformer import Model, score
-from rlhfjax.types import Params, PreferenceBatch, Rollout, check_mask, join, pytree, sequences
+from rlhfjax.types import Params, PreferenceBatch, check_mask, check_shapes, join, pytree
 
 
 def check_pairs(batch: PreferenceBatch) -> None:
     """Raise for pairs that cannot be learned from: empty prompts or responses, prefs outside [0, 1], signs not +-1."""
-    check_mask("prompt_mask", batch.prompt_mask)
-    check_mask("responses_mask", batch.responses_mask)
+    num, num_tokens = len(batch.prompts), np.shape(batch.responses)[-1]
+    check_shapes(batch, prompt_mask=np.shape(batch.prompts), responses=(num, 2, num_tokens),
+                 responses_mask=(num, 2, num_tokens), prefs=(num,))  # fmt: skip
+    check_mask("prompt_mask", batch.prompt_mask, padded="left")
+    check_mask("responses_mask", batch.responses_mask, padded="right")
     checks = [("prefs", batch.prefs, (batch.prefs >= 0) & (batch.prefs <= 1), "lie in [0, 1]")]
     if batch.signs is not None:
+        check_shapes(batch, signs=(num, 2))
         checks.append(("signs", batch.signs, abs(batch.signs) == 1, "be +1 (harmful) or -1 (harmless)"))
     for name, values, good, rule in checks:
         bad = np.flatnonzero(~np.asarray(good).reshape(len(batch), -1).all(-1))
@@ -85,16 +89,17 @@ class ScoreModel:
     scale: jax.Array
 
 
-def in_units_of_start(model: Model, reward: Params, cost: Params, start: Rollout) -> tuple[ScoreModel, ScoreModel]:
-    """Reward and cost models whose `make_reward` and `make_cost` have sd 1 on the starting policy's responses `start`.
+def in_units_of_start(reward: Params, cost: Params, scores, harms) -> tuple[ScoreModel, ScoreModel]:
+    """Reward and cost models whose `make_reward` and `make_cost` have sd 1 on the starting policy's responses.
 
-    The reward is also centred there; the cost is not: P(harmful) = 0 stays 0. Raises ValueError for a model that gives
-    all of them one score.
+    scores, harms: what either model (unscaled) says of those responses, `[B]`. The reward is also centred there; the
+    cost is not: P(harmful) = 0 stays 0. Raises ValueError for a model that gives all of them one score.
     """
-    scores, harms = (jax.jit(score(model))(params, *sequences(start)) for params in (reward, cost))
+    moments = lambda x: (np.asarray(jnp.mean(x)), np.asarray(jnp.std(x) * (jnp.ptp(x) > 0)))  # equals have no spread
+    (shift, spread), (_, spread_of_harm) = moments(scores), moments(jax.nn.sigmoid(harms))
     fitted = (
-        ScoreModel(params=reward, shift=jnp.mean(scores), scale=jnp.std(scores)),
-        ScoreModel(params=cost, shift=jnp.zeros(()), scale=jnp.std(jax.nn.sigmoid(harms))),
+        ScoreModel(params=reward, shift=shift, scale=spread),
+        ScoreModel(params=cost, shift=np.zeros((), np.float32), scale=spread_of_harm),
     )
     for name, scored in zip(("reward", "cost"), fitted):
         if not 0 < float(scored.scale) < float("inf"):

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhfjax import losses
 from rlhfjax.masked import masked_fill
 from rlhfjax.models.transformer import Model
+from rlhfjax.parallel.mesh import constrain_rows
 from rlhfjax.types import Params, Rollout, before_response_tokens, check_finite, check_mask, sequences
 
 Sample = Callable[[Params, jax.Array, jax.Array, jax.Array], Rollout]
@@ -42,7 +42,7 @@ def make_sampler(
     Returns:
         Rollout with T = max_tokens; its logprobs are those of the *uncut* tempered distribution.
     Raises:
-        ValueError: an option out of range; prompts with an empty row or padded on the right (seen outside a jit only).
+        ValueError: an option out of range; prompts with an empty row or padded on the right (seen in host arrays only).
     """
     vocab_size = model.config.vocab_size
     if max_tokens < 1:
@@ -71,6 +71,7 @@ def make_sampler(
     @jax.jit
     def generate(params: Params, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Rollout:
         rows, prompt_length = prompts.shape
+        prompts, prompt_mask = constrain_rows((prompts, prompt_mask))
         # The last token drawn is never read again, hence one slot less.
         cache = model.init_cache(rows, prompt_length + max_tokens - 1)
         logits, cache = model.apply(params, prompts, prompt_mask, cache=cache, num_outputs=1)
@@ -105,11 +106,8 @@ def make_sampler(
         )
 
     def sample(params: Params, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array) -> Rollout:
-        if not isinstance(prompt_mask, jax.core.Tracer):
-            check_mask("prompt_mask", prompt_mask)
-            padded = np.flatnonzero(~np.asarray(prompt_mask)[:, -1])
-            if padded.size:
-                raise ValueError(f"prompts must be left padded: row {padded[0]} of prompt_mask ends with padding")
+        if not isinstance(prompt_mask, jax.Array):  # on a device they lie as the caller has checked them
+            check_mask("prompt_mask", prompt_mask, padded="left")
         return generate(params, prompts, prompt_mask, key)
 
     return sample
@@ -163,6 +161,8 @@ def make_best_of_n(sample: Sample, score: Callable[[Rollout], jax.Array], n: int
         repeated = (jnp.repeat(x, n, axis=0) for x in (prompts, prompt_mask))
         rollout = sample(params, *repeated, key)
         scores = score(rollout)
+        if scores.shape != rollout.finished.shape:
+            raise ValueError(f"scores must have shape [B] = {rollout.finished.shape}, got {scores.shape}")
         if not isinstance(scores, jax.core.Tracer):
             check_finite("scores", scores)
         winner = jnp.arange(len(prompts)) * n + jnp.argmax(scores.reshape(-1, n), axis=1)

@@ -239,7 +239,7 @@ def _check_shares(name: str, shares: Mapping, keys) -> None:
     unknown = [key for key in shares if key not in set(keys)]
     if unknown:
         raise ValueError(f"{name} names {unknown[0]!r}: expected members of {keys.__name__}")
-    if min(shares.values(), default=0.0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not (min(shares.values(), default=0.0) >= 0 and abs(sum(shares.values()) - 1) <= 1e-6):
         raise ValueError(f"{name} must be non-negative and sum to 1, got {dict(shares)}")
 
 
