@@ -13,7 +13,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -112,7 +111,8 @@ def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experime
         _report(path, config, digest, claims)
         return
     initialize(config.hosts)
-    with ending_together(), _mesh(config.mesh):
+    voice = sys.stdout if is_main() else open(os.devnull, "w")
+    with ending_together(), contextlib.redirect_stdout(voice), _mesh(config.mesh):
         mine = f"{digest}, seed {config.seed}"
         if (first := broadcast(mine)) != mine:
             raise ValueError(f"this process runs {mine}, process 0 runs {first}: start all with the same options")
@@ -139,15 +139,14 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     stem = path.stem if config.results is None else f"{path.stem}-{config.truth}-seed{config.seed}"
-    say = partial(print, flush=True) if is_main() else lambda text: None
     options = dict(name=config.name, resume=config.resume, exclude=PLACES, guard=config.guard)
-    cache = StageCache(config.cache and config.cache / "stages", any_layout=config.resume, report=say)
+    cache = StageCache(config.cache and config.cache / "stages", any_layout=config.resume)
     with Run(config.runs, config, stem=stem, **options) as run:
-        say(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}")
+        print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
         try:
             statistics = experiment(config, run, cache)
         except Preempted as stop:
-            say(f"{stop}; go on with the same options and --name {run.path.name} --resume")
+            print(f"{stop}; go on with the same options and --name {run.path.name} --resume", flush=True)
             sys.exit(0)
         finite = lambda x: x if math.isfinite(x) else None
         run.write_json("statistics.json", {name: finite(float(value)) for name, value in statistics.items()})
@@ -159,7 +158,7 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         if config.results is not None:
             write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=source,
                          seconds=seconds, statistics=statistics)  # fmt: skip
-    say(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
+    print(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
 
 
 def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) -> None:
