@@ -113,7 +113,7 @@ def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experime
     initialize(config.hosts)
     voice = sys.stdout if is_main() else open(os.devnull, "w")
     with ending_together(), contextlib.redirect_stdout(voice), _mesh(config.mesh):
-        mine = f"{digest}, seed {config.seed}"
+        mine = repr(dataclasses.replace(config, hosts=Hosts()))
         if (first := broadcast(mine)) != mine:
             raise ValueError(f"this process runs {mine}, process 0 runs {first}: start all with the same options")
         _one_seed(path, config, digest, experiment, claims)
@@ -140,8 +140,8 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     stem = path.stem if config.results is None else f"{path.stem}-{config.truth}-seed{config.seed}"
     options = dict(name=config.name, resume=config.resume, exclude=PLACES, guard=config.guard)
-    cache = StageCache(config.cache and config.cache / "stages", any_layout=config.resume)
     with Run(config.runs, config, stem=stem, **options) as run:
+        cache = StageCache(config.cache and config.cache / "stages", run.path / "stages.json")
         print(f"{path.stem}, scale {config.scale}, {config.label}, seed {config.seed}: writing {run.path}", flush=True)
         try:
             statistics = experiment(config, run, cache)

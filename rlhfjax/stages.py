@@ -292,7 +292,7 @@ def sample_responses(
 ) -> Rollout:  # fmt: skip
     """One response per prompt, for any number of prompts: every block has the same compiled shape."""
     check_mask("prompts.mask", prompts.mask, padded="left")
-    sample, num = _sampler(truth, config, temperature), len(prompts)
+    sample, num, block = _sampler(truth, config, temperature), len(prompts), mesh.padded(block)
     rows = np.arange(-(-num // block) * block) % num  # the last block wraps around
     policy = mesh.place(policy, make_language_model(config).logical_axes(), mesh.DECODE_RULES)
     blocks = []

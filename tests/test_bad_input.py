@@ -735,7 +735,7 @@ SURVIVAL = [
         {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)})), TypeError,
      r"state\['w'\] \(ShapeDtypeStruct\) does not say where"),
     ("checkpoints of another run", lambda folder: kept(folder, lambda saved: Checkpoints(folder, identity="b")),
-     ValueError, "holds checkpoints of a, not of b: choose another directory"),
+     ValueError, "holds checkpoints of a, not of b: inputs, packages or the kind of device have changed"),
     ("a checkpoint with a flipped byte", lambda folder: damaged(folder, flip),
      ValueError, "/1 cannot be restored: .* If it is damaged, delete it to start anew"),
     ("a checkpoint cut off", lambda folder: damaged(folder, lambda content: content[:10]), ValueError,

@@ -22,7 +22,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhfjax.io import cache, run, seeds
-from rlhfjax.io.monitor import Monitor, progress
+from rlhfjax.io.monitor import Guard, Monitor, progress
 from rlhfjax.parallel.mesh import MeshConfig, make_mesh
 from rlhfjax.types import PreferenceBatch
 
@@ -177,18 +177,41 @@ def test_any_change_computes_anew(make, monkeypatch):
     assert len(CALLS) == 9
 
 
-def test_a_resumed_run_alone_takes_what_other_devices_have_computed(make, monkeypatch):
-    new, reported, _ = make
-    computed = new().run("stage", stage, x=X, options={"rate": 0.1})
+def test_a_run_takes_on_other_devices_what_it_has_used_and_nobody_else_does(make, tmp_path_factory):
+    new, _, _ = make
+    notes = tmp_path_factory.mktemp("run") / "stages.json"
+    ask = lambda cache: cache.run("stage", stage, x=X, options={"rate": 0.1})["params"]["scalar"]
+    own = lambda: ask(dataclasses.replace(new(), remembered=notes))
+    own()
     with jax.set_mesh(make_mesh(MeshConfig())):
-        new().run("stage", stage, x=X, options={"rate": 0.1})
-        assert len(CALLS) == 2 and cache.layout() == "1x8-mesh-8-1-1"
-    monkeypatch.setattr(cache, "layout", lambda: "4x2")
-    resumed = dataclasses.replace(new(), any_layout=True).run("stage", stage, x=X, options={"rate": 0.1})
-    assert len(CALLS) == 2
-    assert_identical(resumed, computed)
-    new().run("stage", stage, x=X, options={"rate": 0.1})
-    assert len(CALLS) == 3
+        assert cache.layout() == "1x8-mesh-8-1-1"
+        ask(new())
+        assert len(CALLS) == 2  # another run has computed it anew
+        own()
+        assert len(CALLS) == 2 and json.loads(notes.read_text())["stage"].endswith("-1x8.safetensors")
+
+
+def skips(monitor):
+    CALLS.append(1)
+    monitor.log(1, {"skipped": 1})
+
+
+def test_what_left_out_steps_is_no_hit_for_a_run_that_stops_at_them(make):
+    new, _, _ = make
+    for nonfinite, expected in (("skip", 1), ("skip", 1), ("stop", 2)):
+        new().run("fit", skips, monitor=Monitor(guard=Guard(nonfinite=nonfinite)))
+        assert len(CALLS) == expected
+
+
+def test_a_step_computed_anew_with_another_result_replaces_the_old_one(tmp_path):
+    with run.Run(tmp_path, Config(), name="one") as one:
+        for step in (1, 2, 3):
+            one.log("rl", step, {"cost": step, "time/step": 0.1})
+    with run.Run(tmp_path, Config(), name="one", resume=True) as one:
+        one.log("rl", 2, {"cost": 2, "time/step": 0.2})  # the same: no line
+        one.log("rl", 3, {"cost": 30, "time/step": 0.2})
+    assert len((one.path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert run.read_metrics(one.path / "metrics.jsonl", "rl")["cost"].tolist() == [1, 2, 30]
 
 
 def test_the_code_changes_with_any_file_that_computes(tmp_path):
@@ -352,7 +375,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(tmp_path):
     with open(one.path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "rl", "ste')  # what a kill leaves
     with run.Run(tmp_path, Config(seed=9), name="a", resume=True, exclude=("seed",)) as again:
-        again.log("sft", 1, {"loss": 7.0})  # replayed from the cache: already there
+        again.log("sft", 1, {"loss": 1.0})  # replayed from the cache: already there
         again.log("rl", 2, {"loss": 3.0})
     lines = [json.loads(line) for line in (one.path / "metrics.jsonl").read_text().splitlines()]
     assert [tuple(line.values()) for line in lines] == [("sft", 1, 1.0), ("rl", 1, 2.0), ("rl", 2, 3.0)]

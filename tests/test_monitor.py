@@ -165,6 +165,14 @@ def test_skipping_leaves_out_scores_that_are_not_finite_and_goes_on():
         Monitor().train(step, 0, 3, label="rl")
 
 
+def test_a_stage_that_left_out_steps_does_not_go_on_in_a_run_that_stops_at_them(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATA, "x", DATA["x"] * np.float32(1e30))
+        learn(tmp_path, nonfinite="skip")
+    with pytest.raises(FloatingPointError, match="has left out steps that were not finite: go on with"):
+        learn(tmp_path)
+
+
 def test_debug_nans_finds_the_operation_and_the_state_is_still_there():
     with jax.debug_nans(True):
         state = create(lambda: TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1)), axes={})

@@ -89,9 +89,10 @@ def constraint_statistics(
         less where it holds: min(|cost - limit| / (0.15 sd), lambda / 0.1). lambda_rise: highest lambda over initial;
         lambda_fall: last over the highest.
     """
-    lambdas, last = history["lambda"], slice(-max(1, len(history["lambda"]) // 5), None)
-    spread = np.std(costs["SFT"])
-    gap = abs(np.mean(history["cost"][last]) - limit) / spread
+    moved = ~np.isnan(history["lambda"])  # an iteration that was left out has neither
+    lambdas, episode_costs = history["lambda"][moved], history["cost"][moved]
+    last, spread = slice(-max(1, len(lambdas) // 5), None), np.std(costs["SFT"])
+    gap = abs(np.mean(episode_costs[last]) - limit) / spread
     return {
         "limit": limit,
         "cost_excess": (np.mean(costs["constrained"]) - limit) / spread,

@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -133,6 +134,9 @@ def _name(obj: Any) -> str:
     return f"{obj.__module__}:{obj.__qualname__}"
 
 
+_remembering = threading.Lock()  # stages may run side by side in threads
+
+
 class StaleEntry(Exception):
     """A stored entry that does not hold what it should: it is recomputed."""
 
@@ -141,13 +145,14 @@ class StaleEntry(Exception):
 class StageCache:
     """Results of stages under `root`, one safetensors file each; `root=None` computes everything anew.
 
-    root: the directory, made when first needed; all processes see the same one. any_layout: take also what another
-    number of devices or another mesh has computed, which differs by rounding: for a run that is resumed. code: what
-    stands for the code that computes. report: told in one line what was found and what is computed.
+    root: the directory, made when first needed; all processes see the same one. remembered: a run's own list of the
+    entries it has used, kept in this file; a resumed run takes them again whatever devices they come from, which
+    differs by rounding from what its own would compute. code: what stands for the code that computes. report: told in
+    one line what was found and what is computed.
     """
 
     root: str | os.PathLike | None
-    any_layout: bool = False
+    remembered: pathlib.Path | None = None
     code: str = dataclasses.field(default_factory=library_code)
     report: Callable[[str], None] = print
 
@@ -186,7 +191,8 @@ class StageCache:
         if self.root is None:
             return fn(**inputs)
         path = pathlib.Path(self.root) / f"{name}-{key[:20]}-{layout()}.safetensors"
-        found = broadcast(self._find(path, key) if is_main() else "")
+        found = broadcast(self._find(name, path, key, monitor) if is_main() else "")
+        self._remember(name, found or path.name)
         if found:
             result, history, seconds = _load(path.with_name(found), key)
             self.report(f"{name}: from the cache ({seconds:.0f} s when it was computed)")
@@ -201,17 +207,28 @@ class StageCache:
         barrier(path.name)
         return _load(path, key)[0]
 
-    def _find(self, path: pathlib.Path, key: str) -> str:
-        """The name of a sound entry: that of this layout before those of others; "" if there is none."""
-        others = sorted(path.parent.glob(path.name.replace(layout(), "*"))) if self.any_layout else []
-        for candidate in dict.fromkeys([path, *others]):
+    def _find(self, name: str, path: pathlib.Path, key: str, monitor: Monitor | None) -> str:
+        """The file name of a sound entry, what the run has used before what this layout has computed; "" if none."""
+        for candidate in (path.with_name(self._used().get(name, path.name)), path):
             try:
                 if candidate.exists():
-                    _load(candidate, key)
-                    return candidate.name
+                    history = _load(candidate, key)[1]
+                    if monitor is None or not monitor.refuses(history):
+                        return candidate.name
             except (StaleEntry, SafetensorError, OSError, KeyError, ValueError, AttributeError, ImportError) as error:
                 warnings.warn(f"cache entry {candidate} is damaged and will be recomputed: {error!r}", stacklevel=3)
         return ""
+
+    def _used(self) -> dict[str, str]:
+        known = self.remembered is not None and self.remembered.exists()
+        return json.loads(self.remembered.read_text()) if known else {}
+
+    def _remember(self, name: str, entry: str) -> None:
+        if self.remembered is not None and is_main():
+            with _remembering:
+                temporary = self.remembered.with_suffix(".writing")
+                temporary.write_text(json.dumps(self._used() | {name: entry}, indent=2))
+                os.replace(temporary, self.remembered)
 
 
 def _save(path: pathlib.Path, key: str, result: Any, history: list, seconds: float) -> None:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from rlhfjax.io.launch import Preempted
+
 _BEGINNING = threading.Lock()  # two saves that begin at once, in two threads, get into each other's way inside Orbax
 
 
@@ -127,8 +129,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error) -> None:
-        self.close()
+    def __exit__(self, kind, *error) -> None:
+        if kind in (None, Preempted) or jax.process_count() == 1:  # other processes may not come to wait with this one
+            self.close()
 
     def _read_description(self, step: int) -> dict[str, Any]:
         with self._reading(step):
@@ -137,8 +140,10 @@ class Checkpoints:
             if _sha256(description) != file["sha256"]:
                 raise ValueError("the checksum of its description does not match")
         if description["identity"] != self._identity:
-            raise ValueError(f"{self._path} holds checkpoints of {description['identity']}, not of {self._identity}: "
-                             "choose another directory")  # fmt: skip
+            raise ValueError(
+                f"{self._path} holds checkpoints of {description['identity']}, not of {self._identity}: inputs, "
+                "packages or the kind of device have changed, so start anew in another directory (--name)"
+            )
         return description
 
     @contextlib.contextmanager

@@ -90,20 +90,24 @@ class Monitor:
             InterruptedError: a stage beside this one has failed.
         """
         with contextlib.ExitStack() as stack:
+            watchdog = stack.enter_context(Watchdog(label, self.guard.watchdog_seconds))
             saved = None
             if self.directory is not None:
                 options = dict(identity=self.identity, keep=self.guard.keep, keep_every=self.guard.keep_every)
                 saved = stack.enter_context(Checkpoints(self.directory, **options))
             done, state, history = (saved and saved.restore(state)) or (0, state, [])
+            if self.refuses(history):
+                raise FloatingPointError(f"{label}: {self.directory} has left out steps that were not finite: go on "
+                                         "with --guard.nonfinite skip, or start anew with another --name")  # fmt: skip
             for at, metrics in history:
                 self.log(at, metrics)
             save = lambda: saved and saved.latest() != done and saved.save(done, state, history)
             compilations()
-            watchdog = stack.enter_context(Watchdog(label, self.guard.watchdog_seconds))
             bar = progress(range(done, num_steps, stride), label, unit=f"x {stride} {unit}" if stride > 1 else unit)
             for first in bar:
                 if stop_requested():
                     save()
+                    _ = saved and saved.latest()  # is wholly written
                     raise Preempted(f"{label}: stopped at step {done} of {num_steps}")
                 if given_up.is_set():
                     raise InterruptedError("a stage beside this one has failed or was interrupted")
@@ -121,6 +125,10 @@ class Monitor:
                 if done // every > first // every or done == num_steps:
                     save()
         return state
+
+    def refuses(self, history: Sequence[tuple[int, Mapping[str, float]]]) -> bool:
+        """Whether this history left out steps, in a run that is to stop at such a step."""
+        return self.guard.nonfinite == "stop" and any(metrics.get("skipped") for _, metrics in history)
 
     def _guarded(self, step: Step, state, first: int, done: int, clock: Clock, saved, label: str):
         """One step and its metrics as floats; a step that is not finite stops the run, or counts."""

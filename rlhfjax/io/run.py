@@ -110,8 +110,8 @@ class Run:
         config: the resolved config dataclass, written to config.json beside versions, commit, device and command.
         stem: names the run `stem-001`, `stem-002`, ... when no name is given.
         name: names it so.
-        resume: continue the run of that name. Steps that are already in metrics.jsonl are not written again, so a
-            stage repeated from the cache leaves one line per step.
+        resume: continue the run of that name. Steps that are already in metrics.jsonl are not written again unless
+            they differ (computed anew on other devices), so a stage repeated from the cache leaves one line per step.
         exclude: config fields that may differ on resuming (how it is started, not what it computes).
         guard: what watches over its stages, if not the defaults.
     Raises:
@@ -175,8 +175,8 @@ class Run:
             return
         line = {"stage": stage, "step": int(step)} | {n: v if math.isfinite(v) else None for n, v in values.items()}
         with self._mutex:
-            if (stage, int(step)) not in self._logged:
-                self._logged.add((stage, int(step)))
+            if self._logged.get((stage, int(step))) != _untimed(line):
+                self._logged[stage, int(step)] = _untimed(line)
                 self._metrics.write(json.dumps(line | ({"nonfinite": bad} if bad else {})) + "\n")
                 for name in values.keys() - bad:
                     self._events.add_scalar(f"{stage}/{name}", values[name], int(step))
@@ -211,9 +211,14 @@ class Run:
 
 
 def read_metrics(path: str | os.PathLike, stage: str) -> dict[str, np.ndarray]:
-    """One stage of a metrics.jsonl as a history: `{"step": [N], metric: [N]}` float64, NaN where a step lacks it."""
-    lines = _parse(pathlib.Path(path), pathlib.Path(path).read_text())
-    lines = sorted((line for line in lines if line["stage"] == stage), key=lambda line: line["step"])
+    """One stage of a metrics.jsonl as a history: `{"step": [N], metric: [N]}` float64, NaN where a step lacks it.
+
+    The last line of a step counts. Of many processes, which all must ask, the first reads.
+    """
+    path = pathlib.Path(path)
+    lines = _parse(path, broadcast(path.read_text() if is_main() else ""))
+    steps = {line["step"]: line for line in lines if line["stage"] == stage}
+    lines = [steps[step] for step in sorted(steps)]
     names = dict.fromkeys(name for line in lines for name in line if name not in ("stage", "nonfinite"))
     if not lines:
         raise ValueError(f"{path} has no stage {stage!r}")
@@ -249,7 +254,7 @@ def _lock(path: pathlib.Path):
 def _check_free(path: pathlib.Path, resume: bool, config: Mapping, exclude: tuple[str, ...], digest: str) -> None:
     """A new run finds nothing but its lock; a resumed one finds its own config."""
     if not resume:
-        if any(entry.name != ".lock" for entry in path.iterdir()):
+        if any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise FileExistsError(
                 f"{path} already holds files: choose another name with --name, or continue its run with --resume"
             )
@@ -268,15 +273,19 @@ def _check_free(path: pathlib.Path, resume: bool, config: Mapping, exclude: tupl
     )
 
 
-def _read_logged(path: pathlib.Path) -> set[tuple[str, int]]:
-    """The (stage, step) pairs already written. A last line cut off by a kill is removed."""
+def _read_logged(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What is already written of every (stage, step). A last line cut off by a kill is removed."""
     if not path.exists():
-        return set()
+        return {}
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    return {(line["stage"], line["step"]) for line in _parse(path, whole)}
+    return {(line["stage"], line["step"]): _untimed(line) for line in _parse(path, whole)}
+
+
+def _untimed(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "nonfinite" and not name.startswith("time/")}
 
 
 def _parse(path: pathlib.Path, text: str) -> list[dict[str, Any]]:

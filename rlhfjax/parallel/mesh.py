@@ -160,7 +160,7 @@ def jit_step(step: Callable, state: Any, axes: Any, what: str = "the step") -> C
     before the first step runs, if it does not fit.
     """
     layout = (shardings(state, axes), replicated())
-    if jax.config.jax_debug_nans:
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
         return jax.jit(step, out_shardings=layout)
     jitted, compiled = jax.jit(step, donate_argnums=0, out_shardings=layout), {}
 
