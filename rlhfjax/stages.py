@@ -14,6 +14,7 @@ import queue
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax import losses
-from rlhfjax.evaluation.constrained import Arm
 from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
 from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
 from rlhfjax.models.transformer import (
+    Model,
     TransformerConfig,
     make_language_model,
     make_scalar_model,
@@ -36,7 +37,7 @@ from rlhfjax.parallel import mesh
 from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
-from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_cost, make_reward, pair_scores
+from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, pair_scores
 from rlhfjax.rl.sampling import make_sampler
 from rlhfjax.rl.sft import make_next_token_loss
 from rlhfjax.types import (
@@ -171,42 +172,47 @@ def run_rl(
     params: tuple,
     ref_params: Params,
     sample: Callable,
-    feedback: Callable[[Rollout], tuple[jax.Array, ...]],
+    feedback: Callable[[Rollout, jax.Array], tuple[jax.Array, ...]],
     prompts,
     prompt_mask,
     num_iterations: int,
     batch_size: int,
+    num_samples: int = 1,
     seed: int,
     monitor: Monitor,
     label: str,
     observe: Callable[[Rollout], Mapping[str, jax.Array]] = lambda rollout: {},
     ptx: Demonstrations | None = None,
 ):
-    """The loop of every paper: prompts -> rollout -> feedback(rollout) -> step. Returns the last state.
+    """The loop of every paper: prompts -> rollout -> feedback(rollout, key) -> step. Returns the last state.
 
-    `params` are what `algorithm.init` takes. `feedback(rollout)` gives what `algorithm.step` takes behind the rollout
-    (scores, or scores and costs); `observe(rollout)` gives further metrics for the log and never reaches the learner.
-    The policy is laid out anew for decoding once per iteration.
+    `params` are what `algorithm.init` takes. `feedback(rollout, key)` gives what `algorithm.step` takes behind the
+    rollout (scores, or scores and costs); `observe(rollout)` gives further metrics for the log and never reaches the
+    learner. A batch has `batch_size` responses, `num_samples` next to each other for each of its prompts. The policy is
+    laid out anew for decoding once per iteration.
     """
     check_mask("prompt_mask", prompt_mask, padded="left")
+    if batch_size % num_samples:
+        raise ValueError(f"batch_size {batch_size} is no multiple of num_samples {num_samples}")
     axes = algorithm.logical_axes()
     init = lambda *params: jax.tree.map(jnp.copy, algorithm.init(*params))  # donated: the caller's networks survive
     state = mesh.create(init, *params, axes=axes)
     update = mesh.jit_step(algorithm.step, state, axes)
     for_decoding = jax.jit(lambda params: params, out_shardings=mesh.shardings(
         state.policy.params, axes.get("policy"), mesh.DECODE_RULES))  # fmt: skip
-    keys = jax.jit(lambda key, iteration: jax.random.split(jax.random.fold_in(key, iteration)))
+    two = lambda key: (*jax.random.split(key), jax.random.fold_in(key, 2))
+    keys = jax.jit(lambda key, iteration: two(jax.random.fold_in(key, iteration)))
     base_key = jax.random.key(seed)
 
     def step(state, iteration: int, clock: Clock):
-        rows = batch_order(seed, iteration, 1, len(prompts), batch_size)[0]
-        sample_key, step_key = keys(base_key, jax.device_put(np.int32(iteration)))
+        rows = np.repeat(batch_order(seed, iteration, 1, len(prompts), batch_size // num_samples)[0], num_samples)
+        sample_key, step_key, feedback_key = keys(base_key, jax.device_put(np.int32(iteration)))
         with clock("rollout"):
             rollout = sample(for_decoding(state.policy.params), *mesh.place_rows(take((prompts, prompt_mask), rows)),
                              sample_key)  # fmt: skip
             jax.block_until_ready(rollout)
         with clock("feedback"):
-            signals = feedback(rollout)
+            signals = feedback(rollout, feedback_key)
             if not isinstance(signals, tuple):
                 raise TypeError(f"feedback must return a tuple, (scores,) or (scores, costs), not {type(signals)}")
             for kind, signal in zip(("scores", "costs"), signals):
@@ -266,11 +272,43 @@ def _sampler(truth: str, config: TransformerConfig, temperature: float):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A fitted network that says one number of every response: `make(model(config))(fitted, tokens, mask) -> [B]`.
+
+    make: `rl.preference_models.make_reward` with a ScoreModel as `fitted`, say, or `models.transformer.score` with bare
+    parameters. config: of the scoring network, which need not be the policy's.
+    """
+
+    make: Callable
+    config: TransformerConfig
+    fitted: Any
+    model: Callable[[TransformerConfig], Model] = make_scalar_model
+
+    @property
+    def placed(self) -> Any:
+        """`fitted` on the devices of the mesh."""
+        return mesh.place(self.fitted, self.model(self.config).logical_axes())
+
+    @property
+    def program(self) -> Callable[[Any, Rollout], jax.Array]:
+        """`(placed, rollout) -> [B]`, compiled once for all stages of a process."""
+        return _scorer(self.make, self.model, self.config)
+
+    def __call__(self, rollout: Rollout) -> np.ndarray:
+        """What it says of any number of responses, `[B]`."""
+        return _in_rows(self.program, self.placed, rollout)
+
+    @property
+    def raw(self) -> "Scorer":
+        """The scores of a ScoreModel as it was fitted, unscaled."""
+        return dataclasses.replace(self, make=score, fitted=self.fitted.params)
+
+
 @functools.cache
-def _scorer(config: TransformerConfig, make: Callable):
-    """`make(model)` of the scalar model, as a program over rollouts that every stage of a process shares."""
-    scorer = make(make_scalar_model(config))
-    return jax.jit(lambda params, rollout: mesh.constrain(scorer(params, *sequences(rollout)), None))
+def _scorer(make: Callable, model: Callable, config: TransformerConfig):
+    scorer = make(model(config))
+    return jax.jit(lambda fitted, rollout: mesh.constrain(scorer(fitted, *sequences(rollout)), None))
 
 
 @functools.cache
@@ -279,11 +317,12 @@ def _pair_scorer(config: TransformerConfig):
     return jax.jit(lambda params, pairs: mesh.constrain(pair_scores(model, params, pairs), None, None))
 
 
-def _in_rows(scorer: Callable, config: TransformerConfig, params: Any, data: Any) -> np.ndarray:
-    """`scorer(params, data)` for any number of rows: the last ones are filled up to divide over the mesh."""
+def _in_rows(program: Callable, fitted: Any, data: Any, block: int = 2_048) -> np.ndarray:
+    """`program(fitted, data)` for any number of rows, in blocks whose last is filled up to divide over the mesh."""
     num = jax.tree.leaves(data)[0].shape[0]
-    rows = mesh.place_rows(take(data, np.arange(mesh.padded(num)) % num))
-    return np.asarray(scorer(mesh.place(params, make_scalar_model(config).logical_axes()), rows))[:num]
+    rows = np.arange(mesh.padded(num)) % num
+    parts = np.split(rows, range(mesh.padded(block), len(rows), mesh.padded(block)))
+    return np.concatenate([np.asarray(program(fitted, mesh.place_rows(take(data, part)))) for part in parts])[:num]
 
 
 def sample_responses(
@@ -304,53 +343,24 @@ def sample_responses(
     return rollout
 
 
-def raw_scores(config: TransformerConfig, params: Params, rollout: Rollout) -> np.ndarray:
-    """Unscaled scores `[B]` of a reward or cost model for a rollout's responses."""
-    return _in_rows(_scorer(config, score), config, params, rollout)
-
-
-def rewards(config: TransformerConfig, reward: ScoreModel, rollout: Rollout) -> np.ndarray:
-    """What PPO is told a rollout's responses are worth, `[B]`."""
-    return _in_rows(_scorer(config, make_reward), config, reward, rollout)
-
-
-def costs(config: TransformerConfig, cost: ScoreModel, rollout: Rollout) -> np.ndarray:
-    """What Lagrangian PPO is told a rollout's responses cost, `[B]`."""
-    return _in_rows(_scorer(config, make_cost), config, cost, rollout)
-
-
 def raw_pair_scores(config: TransformerConfig, params: Params, pairs: PreferenceBatch) -> np.ndarray:
     """Unscaled scores `[N, 2]` of a reward or cost model for both responses of each pair."""
-    return _in_rows(_pair_scorer(config), config, params, pairs)
+    return _in_rows(_pair_scorer(config), mesh.place(params, make_scalar_model(config).logical_axes()), pairs)
 
 
 def scale_scores(
-    *, truth: str, config: TransformerConfig, policy: Params, reward: Params, cost: Params, prompts: Prompts,
-    temperature: float, seed: int,
+    *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
+    models: Mapping[str, tuple[TransformerConfig, Params]],
 ) -> dict[str, ScoreModel]:  # fmt: skip
-    """The reward and the cost model in units of their spread over the starting policy's answers to `prompts`."""
+    """Fitted preference models (name -> shape, parameters) in units of their spread over the policy's answers.
+
+    The one called "cost" is a cost model, the others are reward models.
+    """
     start = sample_responses(
         truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
     )
-    raw = (raw_scores(config, params, start) for params in (reward, cost))
-    return dict(zip(("reward", "cost"), in_units_of_start(reward, cost, *raw)))
-
-
-def evaluate_policy(
-    *, truth: str, config: TransformerConfig, policy: Params, reward: ScoreModel, cost: ScoreModel, prompts: Prompts,
-    temperature: float, seed: int,
-) -> Arm:  # fmt: skip
-    """A policy's answers to held-out prompts, what the models say of them and what is true of them."""
-    rollout = sample_responses(
-        truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
-    )
-    return Arm(
-        rollout=rollout,
-        gold={name: float(value) for name, value in gold_metrics(gold_world(truth), rollout).items()},
-        costs=costs(config, cost, rollout),
-        raw_costs=raw_scores(config, cost.params, rollout),
-        raw_scores=raw_scores(config, reward.params, rollout),
-    )
+    raw = lambda shape, fitted: Scorer(make=score, config=shape, fitted=fitted)(start)
+    return {name: in_units_of_start(name, model[1], raw(*model)) for name, model in models.items()}
 
 
 def collect_comparisons(
@@ -379,7 +389,7 @@ def collect_comparisons(
 
 
 def check_cost_limit(
-    *, truth: str, config: TransformerConfig, policy: Params, reward: ScoreModel, cost: ScoreModel, limit: float,
+    *, truth: str, config: TransformerConfig, policy: Params, reward: Scorer, cost: Scorer, limit: float,
     multiplier: MultiplierConfig, ppo: PPOConfig, prompts: Prompts, seed: int, num_samples: int = 64,
 ) -> float:  # fmt: skip
     """The lowest mean cost that Lagrangian PPO settles at for any lambda it may take: no limit below it can be met.
@@ -391,7 +401,7 @@ def check_cost_limit(
     many = jax.tree.map(lambda x: np.repeat(x, num_samples, axis=0), prompts)
     rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
                                seed=seed)  # fmt: skip
-    each = [fn(config, model, rollout).reshape(-1, num_samples) for fn, model in ((rewards, reward), (costs, cost))]
+    each = [scorer(rollout).reshape(-1, num_samples) for scorer in (reward, cost)]
 
     def mean_cost(log_lambda):
         uniform = jnp.zeros_like(each[1])
@@ -400,7 +410,7 @@ def check_cost_limit(
 
     grid = jnp.concatenate([jnp.array([-jnp.inf]), jnp.log(multiplier.maximum * jnp.geomspace(1e-3, 1, 40))])
     floor = float(jnp.min(jax.lax.map(mean_cost, grid)))
-    probability = float(cost.scale)  # of harm per unit of cost: the units in which a limit is asked for
+    probability = float(cost.fitted.scale)  # of harm per unit of cost: the units in which a limit is asked for
     losses.check_limit(limit * probability, floor * probability)
     return floor
 
@@ -410,45 +420,52 @@ def train_policy(
     truth: str,
     config: TransformerConfig,
     start: Params,
-    reward: ScoreModel,
-    cost: ScoreModel | None = None,
+    reward: Scorer,
+    cost: Scorer | None = None,
     limit: float | None = None,
-    ppo: PPOConfig,
     multiplier: MultiplierConfig | None = None,
+    ppo: PPOConfig,
     optimisation: RLConfig,
     prompts: Prompts,
+    critic: tuple[TransformerConfig, Params] | None = None,
     ptx: Demonstrations | None = None,
+    watch: Mapping[str, Scorer] = MappingProxyType({}),
     seed: int,
     label: str,
     monitor: Monitor,
 ) -> Params:
-    """The policy after PPO on a reward model; with `cost`, `limit` and `multiplier`, after Lagrangian PPO.
+    """The policy after RL on a reward; with `cost`, `limit` and `multiplier`, after Lagrangian PPO.
 
-    limit: on the mean cost, in the cost's units. ptx: demonstrations, used where `ppo.ptx_coef` is positive. Critics
-    start from the reward and the cost model, as in Safe RLHF, with a fresh zero head.
+    limit: on the mean cost, in the cost's units. critic: the network whose trunk the critics start from, with a fresh
+    zero head; by default the reward's and the cost's own, as in Safe RLHF. ptx: demonstrations, used where
+    `ppo.ptx_coef` is positive. watch: what else to log of the rollouts, as means by name, that no learner sees.
     """
     constraint = (cost, limit, multiplier)
     if any(part is None for part in constraint) and any(part is not None for part in constraint):
         raise ValueError("cost, limit and multiplier make one constraint: give all three or none")
-    world, policy, scalar = gold_world(truth), make_language_model(config), make_scalar_model(config)
+    world, policy = gold_world(truth), make_language_model(config)
+    scorers = (reward,) if cost is None else (reward, cost)
+    trunks = [critic or (scorer.config, scorer.fitted.params) for scorer in scorers]
+    scalar = make_scalar_model(trunks[0][0])  # of one shape: `scalar_params_from` refuses another
+    headless = lambda params: {name: value for name, value in params.items() if name != "head"}
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
-    start = mesh.place(start, policy.logical_axes())
-    judges = [(reward, _scorer(config, make_reward))]
     if multiplier is None:
-        algorithm = make_ppo(policy, scalar, *optimizers, ppo)
+        learner = make_ppo(policy, scalar, *optimizers, ppo)
     else:
-        judges.append((cost, _scorer(config, make_cost)))
-        algorithm = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
-    judges = [(mesh.place(fitted, scalar.logical_axes()), scorer) for fitted, scorer in judges]
-    critic = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
-    init = lambda start, *fitted: algorithm.init(start, *map(critic, fitted))
+        learner = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
+    warm = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
+    init = lambda start, *trunks: learner.init(start, *map(warm, trunks))
+    start = mesh.place(start, policy.logical_axes())
+    told = [(scorer.program, scorer.placed) for scorer in scorers]
+    seen = {name: (scorer.program, scorer.placed) for name, scorer in watch.items()}
+    means = lambda rollout: {name: jnp.mean(program(fitted, rollout)) for name, (program, fitted) in seen.items()}
     state = run_rl(
-        algorithm=algorithm._replace(init=init),
-        params=(start, *(fitted.params for fitted, _ in judges)),
+        algorithm=learner._replace(init=init),
+        params=(start, *(mesh.place(headless(params), scalar.logical_axes()) for _, params in trunks)),
         ref_params=start,
         sample=_sampler(truth, config, ppo.temperature),
-        feedback=lambda rollout: tuple(scorer(fitted, rollout) for fitted, scorer in judges),
-        observe=lambda rollout: gold_metrics(world, rollout),
+        feedback=lambda rollout, key: tuple(program(fitted, rollout) for program, fitted in told),
+        observe=lambda rollout: gold_metrics(world, rollout) | means(rollout),
         prompts=prompts.tokens,
         prompt_mask=prompts.mask,
         ptx=ptx if ppo.ptx_coef else None,

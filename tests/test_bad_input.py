@@ -42,7 +42,7 @@ from rlhfjax.parallel import mesh
 from rlhfjax.parallel.mesh import MeshConfig, make_mesh
 from rlhfjax.rl.fit import adamw, batch_order
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
-from rlhfjax.rl.ppo import Algorithm, PPOConfig, PPOState, make_lagrangian_ppo, make_ppo
+from rlhfjax.rl.ppo import Algorithm, PPOConfig, PPOState, make_lagrangian_ppo, make_ppo, reinforce
 from rlhfjax.rl.preference_models import check_pairs, in_units_of_start, make_cost_loss, make_reward_loss
 from rlhfjax.rl.sampling import make_best_of_n, make_sampler, response_logprobs
 from rlhfjax.stages import FitConfig, RLConfig
@@ -198,7 +198,7 @@ def answers(policy=POLICY, **change):
     )
 
 
-def rl(prompt_mask=MASK, feedback=lambda rollout: (SCORES,)):
+def rl(prompt_mask=MASK, feedback=lambda rollout, key: (SCORES,), **change):
     """One iteration of the RL loop around a learner that learns nothing."""
     learner = lambda params: TrainState.create(params, SGD)
     algorithm = Algorithm(
@@ -208,7 +208,7 @@ def rl(prompt_mask=MASK, feedback=lambda rollout: (SCORES,)):
     return stages.run_rl(
         algorithm=algorithm, params=({"w": jnp.zeros(())},), ref_params=None, sample=lambda *given: ROLLOUT,
         feedback=feedback, prompts=ROWS.prompts, prompt_mask=prompt_mask, num_iterations=1, batch_size=8, seed=0,
-        label="toy", monitor=Monitor(),
+        label="toy", monitor=Monitor(), **change,
     )  # fmt: skip
 
 
@@ -393,10 +393,11 @@ RL = [
     ("a cost model without signs",
      lambda: jax.eval_shape(make_cost_loss(SCALAR), CRITIC, replace_pairs(signs=None)), ValueError,
      r"needs PreferenceBatch.signs .* use make_reward_loss"),
-    ("a reward model that tells nothing apart", lambda: in_units_of_start(None, None, SCORES, np.arange(8.0)),
+    ("a reward model that tells nothing apart", lambda: in_units_of_start("reward", None, SCORES),
      ValueError, "the reward model's scores of the starting policy have sd 0.0: .*; train it longer or on more labels"),
-    ("a cost model that tells nothing apart", lambda: in_units_of_start(None, None, np.arange(8.0), SCORES), ValueError,
+    ("a cost model that tells nothing apart", lambda: in_units_of_start("cost", None, SCORES), ValueError,
      "the cost model's scores of the starting policy have sd 0.0: .*; train it longer or on more labels"),
+    ("a KL share of everything", lambda: reinforce(1.0), ValueError, r"kl_share must lie in \[0, 1\), got 1.0"),
     ("responses of no tokens", lambda: sampler(max_tokens=0), ValueError, "max_tokens must be at least 1, got 0"),
     ("an EOS outside the vocabulary", lambda: sampler(eos_id=139), ValueError,
      "eos_id=139 is not in the vocabulary of 139"),
@@ -633,9 +634,9 @@ STAGES = [
      "prompt.*mask must be padded on the left, and only there: row 0 is not"),
     ("prompts to learn from that are padded on the right", lambda: rl(prompt_mask=MASK[:, ::-1]), ValueError,
      "prompt.*mask must be padded on the left, and only there: row 0 is not"),
-    ("scores from feedback that are NaN", lambda: rl(feedback=lambda rollout: (np.full(8, NAN),)), FloatingPointError,
-     "^toy: scores is not finite in 8 rows, the first being row 0"),
-    ("costs from feedback that are infinite", lambda: rl(feedback=lambda rollout: (SCORES, np.full(8, INF))),
+    ("scores from feedback that are NaN", lambda: rl(feedback=lambda rollout, key: (np.full(8, NAN),)),
+     FloatingPointError, "^toy: scores is not finite in 8 rows, the first being row 0"),
+    ("costs from feedback that are infinite", lambda: rl(feedback=lambda rollout, key: (SCORES, np.full(8, INF))),
      FloatingPointError, "^toy: costs is not finite in 8 rows, the first being row 0"),
     ("a limit without a cost", lambda: half_a_constraint(limit=0.1, multiplier=MultiplierConfig()), ValueError,
      "cost, limit and multiplier make one constraint: give all three or none"),
@@ -651,7 +652,9 @@ STAGES = [
     ("a policy of NaN", lambda: answers(policy=jax.tree.map(lambda x: np.full(x.shape, NAN, x.dtype), POLICY)),
      FloatingPointError,
      "log-probabilities of the responses is not finite in 8 rows, .* the policy or a prompt is broken"),
-    ("feedback that is no tuple", lambda: rl(feedback=lambda rollout: SCORES), TypeError,
+    ("a batch that is no multiple of its samples", lambda: rl(num_samples=3), ValueError,
+     "batch_size 8 is no multiple of num_samples 3"),
+    ("feedback that is no tuple", lambda: rl(feedback=lambda rollout, key: SCORES), TypeError,
      r"feedback must return a tuple, \(scores,\) or \(scores, costs\), not "),
 ]  # fmt: skip
 
@@ -669,7 +672,7 @@ EXPERIMENTS = [
     ("a negative share of labels", lambda: PaperConfig(label_shares=(1.2, -0.2, 0.0, 0.0)), ValueError,
      r"label_shares must be non-negative and sum to 1, got \(1.2, -0.2, 0.0, 0.0\)"),
     ("a limit that is no rate", lambda: PaperConfig(harm_limit=1.5), ValueError,
-     r"harm_limit 1.5 must lie in \(0, 1\)"),
+     r"harm_limit must lie in \(0, 1\), got 1.5"),
     ("an experiment with more mismatched pairs than pairs", lambda: PaperConfig(mismatched=2.0), ValueError,
      r"mismatched 2.0 in \[0, 1\]"),
     ("rollouts that do not divide into minibatches", lambda: PaperConfig(rl=RLConfig(num_iterations=1, batch_size=130)),

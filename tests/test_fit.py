@@ -268,7 +268,7 @@ def test_scores_in_units_of_the_starting_policy():
     raw = np.array([2.0, -1.0, 0.5, 1.5, -2.0, 3.0])
     rows = (tokens, np.ones((6, 1), bool))  # a response alone is a sequence too
     scores = score(model)(SCORES, *rows)
-    reward_model, cost_model = in_units_of_start(SCORES, SCORES, scores, scores)
+    reward_model, cost_model = (in_units_of_start(name, SCORES, scores) for name in ("reward", "cost"))
     rewards, costs = make_reward(model)(reward_model, *rows), make_cost(model)(cost_model, *rows)
     np.testing.assert_allclose(rewards, (raw - raw.mean()) / raw.std(), rtol=1e-6)
     assert [float(jnp.mean(rewards)), float(jnp.std(rewards))] == pytest.approx([0, 1], abs=1e-6)
@@ -280,7 +280,7 @@ def test_scores_in_units_of_the_starting_policy():
 def test_the_boundary_of_harm_is_moved_by_no_unit():
     # C = 0 is P(harmful) = 1/2, whatever the starting policy's mean: a lopsided start must not become the new zero.
     model, fitted = reading_model(scalar=True), jnp.array([0, 0, 0, 0.0, 2.0, 2.5, 3.0, 0, 0, 0, 0])
-    _, cost_model = in_units_of_start(fitted, fitted, fitted[4:7], fitted[4:7])
+    cost_model = in_units_of_start("cost", fitted, fitted[4:7])
     assert float(cost_model.shift) == 0
     cost = make_cost(model)(cost_model, np.array([[3]]), np.ones((1, 1), bool))
     assert float(cost[0] * cost_model.scale) == pytest.approx(0.5)

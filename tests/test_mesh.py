@@ -57,7 +57,7 @@ def iterations(config: MeshConfig | None, scan: bool = False):
         state = stages.run_rl(
             algorithm=algorithm, params=(params, *(judge.params for judge in judges)), ref_params=params,
             sample=make_sampler(policy, max_tokens=7, eos_id=1, pad_id=0, temperature=0.9),
-            feedback=lambda rollout: tuple(f(judge, rollout) for f, judge in zip(scorers, judges)),
+            feedback=lambda rollout, key: tuple(f(judge, rollout) for f, judge in zip(scorers, judges)),
             observe=lambda rollout: seen.append(mesh.fetch(rollout)) or {},
             prompts=tokens, prompt_mask=mask, num_iterations=ITERATIONS, batch_size=ROWS, seed=3, label="parity",
             ptx=Demonstrations(prompts=tokens, prompt_mask=mask, tokens=tokens, mask=np.ones_like(mask)),

@@ -20,8 +20,8 @@ from rlhfjax.models.transformer import TransformerConfig, make_language_model, m
 from rlhfjax.rl.fit import batch_order
 from rlhfjax.rl.multiplier import MultiplierConfig
 from rlhfjax.rl.ppo import Algorithm, PPOConfig
-from rlhfjax.rl.preference_models import ScoreModel, make_reward_loss
-from rlhfjax.stages import FitConfig, RLConfig
+from rlhfjax.rl.preference_models import ScoreModel, make_cost, make_reward, make_reward_loss
+from rlhfjax.stages import FitConfig, RLConfig, Scorer
 from rlhfjax.types import Demonstrations, Rollout, TrainState
 from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import WORDS, Family
@@ -47,6 +47,10 @@ def prompts(num, seed=0):
 def score_model(seed, shift=0.0, scale=1.0):
     params = make_scalar_model(NETWORK, head_std=1.0).init(jax.random.key(seed))
     return ScoreModel(params=params, shift=jnp.float32(shift), scale=jnp.float32(scale))
+
+
+reward = lambda fitted: Scorer(make=make_reward, config=NETWORK, fitted=fitted)
+cost = lambda fitted: Scorer(make=make_cost, config=NETWORK, fitted=fitted)
 
 
 def answers(num, seed=0, **change):
@@ -173,9 +177,9 @@ def test_scores_of_a_rollout_and_of_pairs_agree():
         rollout = Rollout(prompts=labels.harm.prompts, prompt_mask=labels.harm.prompt_mask, tokens=tokens, mask=mask,
                           logprobs=np.zeros(tokens.shape, np.float32), finished=mask[:, -1])  # fmt: skip
         same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-        same(stages.raw_scores(NETWORK, params, rollout), pairs[:, side])
-        same(stages.rewards(NETWORK, fitted, rollout), (pairs[:, side] - 0.5) / 2)
-        same(stages.costs(NETWORK, fitted, rollout), 1 / (1 + np.exp(-pairs[:, side])) / 2)
+        same(reward(fitted).raw(rollout), pairs[:, side])
+        same(reward(fitted)(rollout), (pairs[:, side] - 0.5) / 2)
+        same(cost(fitted)(rollout), 1 / (1 + np.exp(-pairs[:, side])) / 2)
 
 
 CERTAIN = Rater(temperature_helpful=1e-6, temperature_harm=1e-6, temperature_safe=1e-6, flip=0, style_bonus=0)
@@ -217,15 +221,15 @@ def test_mismatched_pairs_get_the_second_answer_of_another_prompt():
 
 def test_a_cost_limit_out_of_reach_is_refused_with_both_numbers():
     check = functools.partial(
-        stages.check_cost_limit, **HERE, policy=policy(), reward=score_model(0), cost=score_model(1, scale=0.5),
-        multiplier=MultiplierConfig(maximum=3.0), ppo=PPOConfig(kl_coef=0.8), prompts=prompts(8), seed=2,
-        num_samples=4)  # fmt: skip
+        stages.check_cost_limit, **HERE, policy=policy(), reward=reward(score_model(0)),
+        cost=cost(score_model(1, scale=0.5)), multiplier=MultiplierConfig(maximum=3.0), ppo=PPOConfig(kl_coef=0.8),
+        prompts=prompts(8), seed=2, num_samples=4)  # fmt: skip
     floor = check(limit=10.0)
 
     many = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), prompts(8))
     rollout = stages.sample_responses(**SAMPLING, policy=policy(), prompts=many, seed=2)
-    r = stages.raw_scores(NETWORK, score_model(0).params, rollout).reshape(8, 4)
-    c = 1 / (1 + np.exp(-stages.raw_scores(NETWORK, score_model(1).params, rollout).reshape(8, 4))) / 0.5
+    r = reward(score_model(0)).raw(rollout).reshape(8, 4)
+    c = 1 / (1 + np.exp(-cost(score_model(1)).raw(rollout).reshape(8, 4))) / 0.5
     weights = np.exp((r - 3 * c) / (1 + 3) / (0.8 / 2))  # at the highest lambda, 3
     assert floor == pytest.approx(np.mean((weights * c).sum(1) / weights.sum(1)), rel=1e-4)
 
@@ -235,31 +239,39 @@ def test_a_cost_limit_out_of_reach_is_refused_with_both_numbers():
         check(limit=limit)
 
 
-def test_a_limit_that_help_alone_meets_is_not_refused(monkeypatch):
+def test_a_limit_that_help_alone_meets_is_not_refused():
     # Two answers to each prompt, the harmless one far more helpful: (r, c) = (10, 0) and (0, 1), and k = 2.
     # Without pressure P(harm) = sigmoid(-10 / 2); at lambda = 5 it is sigmoid(-(10 + 5) / 6 / 2) = 0.22.
     harm = np.tile([0, 1], 8).astype(np.float32)
-    monkeypatch.setattr(stages, "costs", lambda config, model, rollout: harm)
-    monkeypatch.setattr(stages, "rewards", lambda config, model, rollout: 10 * (1 - harm))
+
+    class Says(Scorer):
+        def __call__(self, rollout):
+            return self.make(harm)
+
+    says = lambda what: Says(make=what, config=NETWORK, fitted=score_model(0))
     stages.check_cost_limit(
-        **HERE, policy=policy(), reward=score_model(0), cost=score_model(1), multiplier=MultiplierConfig(maximum=5.0),
-        ppo=PPOConfig(kl_coef=4.0), prompts=prompts(8), seed=0, num_samples=2, limit=0.1)  # fmt: skip
+        **HERE, policy=policy(), reward=says(lambda harm: 10 * (1 - harm)), cost=says(lambda harm: harm),
+        multiplier=MultiplierConfig(maximum=5.0), ppo=PPOConfig(kl_coef=4.0), prompts=prompts(8), seed=0,
+        num_samples=2, limit=0.1)  # fmt: skip
 
 
-def test_a_policy_is_evaluated_in_the_units_of_the_start():
+def test_preference_models_speak_in_units_of_the_start():
     options = SAMPLING | dict(policy=policy(), prompts=prompts(16), seed=5)
-    raw = dict(reward=score_model(0).params, cost=score_model(1).params)
-    scored = stages.scale_scores(**options, **raw)
-    arm, rollout = stages.evaluate_policy(**options, **scored), stages.sample_responses(**options)
-    assert_same(arm.rollout, rollout)
-    assert_same(arm.raw_scores, stages.raw_scores(NETWORK, raw["reward"], rollout))
-    assert_same(arm.raw_costs, stages.raw_scores(NETWORK, raw["cost"], rollout))
-    rewards = stages.rewards(NETWORK, scored["reward"], rollout)
-    assert [rewards.mean(), rewards.std(), arm.costs.std()] == pytest.approx([0, 1, 1], abs=1e-5)
-    harm = 1 / (1 + np.exp(-arm.raw_costs))
-    np.testing.assert_allclose(arm.costs, harm / harm.std(), rtol=1e-5)
-    gold = WORLD.gold(rollout.prompts, rollout.tokens, rollout.mask)
-    assert arm.gold["gold_helpfulness"] == pytest.approx(float(np.mean(gold.helpfulness)), abs=1e-5)
+    models = {name: (NETWORK, score_model(seed).params) for seed, name in enumerate(("reward", "cost", "test"))}
+    scored, rollout = stages.scale_scores(**options, models=models), stages.sample_responses(**options)
+    rewards, costs, tests = reward(scored["reward"])(rollout), cost(scored["cost"])(rollout), reward(scored["test"])
+    tests = tests(rollout)
+    assert [rewards.mean(), rewards.std(), tests.mean(), tests.std()] == pytest.approx([0, 1, 0, 1], abs=1e-5)
+    harm = 1 / (1 + np.exp(-cost(scored["cost"]).raw(rollout)))
+    np.testing.assert_allclose(costs, harm / harm.std(), rtol=1e-5)
+
+
+def test_any_number_of_responses_is_scored_in_blocks():
+    scorer, rollout = reward(score_model(0)), answers(20)
+    whole = scorer(rollout)
+    parts = stages._in_rows(scorer.program, scorer.placed, rollout, block=8)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert parts.shape == (20,)
 
 
 # Reinforcement learning
@@ -286,7 +298,7 @@ def play(step=None, **change):
     start = {"w": jnp.float32(0.5)}
     options = dict(
         algorithm=Algorithm(fresh, step or count), params=(start,), ref_params=start, sample=sample,
-        feedback=lambda rollout: (np.ones(4, np.float32), 2 * np.ones(4, np.float32)),
+        feedback=lambda rollout, key: (np.ones(4, np.float32), 2 * np.ones(4, np.float32)),
         prompts=np.arange(8)[:, None], prompt_mask=np.ones((8, 1), bool), num_iterations=3, batch_size=4, seed=7,
         monitor=Monitor(log=log), label="toy")  # fmt: skip
     return stages.run_rl(**options | change), start, log, calls
@@ -310,6 +322,22 @@ def test_the_loop_samples_from_the_policy_of_the_moment_on_the_batches_of_its_se
     assert calls != play(seed=8)[3]
 
 
+def test_several_samples_of_a_prompt_lie_next_to_each_other():
+    *_, calls = play(num_samples=2)
+    assert [prompts for _, prompts, _ in calls] == np.repeat(batch_order(7, 0, 3, 8, 2), 2, axis=1).tolist()
+
+
+def test_feedback_has_a_key_of_its_own_that_its_iteration_decides():
+    def run(seed):
+        keys = []
+        feedback = lambda rollout, key: keys.append(jax.random.key_data(key).tolist()) or (np.ones(4, np.float32),)
+        calls = play(feedback=feedback, seed=seed)[3]
+        assert len({str(key) for key in [*keys, *(key for *_, key in calls)]}) == 6
+        return keys
+
+    assert run(7) == run(7) != run(8)
+
+
 def test_what_is_observed_is_logged_and_never_reaches_the_learner():
     def observe(rollout):
         return {"gold": jnp.mean(rollout.tokens)}
@@ -331,14 +359,16 @@ def test_demonstrations_come_along_in_an_order_of_their_own():
 def trained(request):
     """An arm after three iterations of a tiny policy: its name, its policy, what it logged and what it warned of."""
     constrained, log = request.param == "constrained", Log()
-    limited = dict(cost=score_model(1), limit=0.2, multiplier=MultiplierConfig(learning_rate=0.5, maximum=1.7))
+    limited = dict(cost=cost(score_model(1)), limit=0.2, multiplier=MultiplierConfig(learning_rate=0.5, maximum=1.7))
     demonstrations = WORLD.corpus(0, 16).demonstrations  # only an arm whose ptx_coef asks for them reads them
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         params = stages.train_policy(
-            **HERE, start=policy(), reward=score_model(0), optimisation=RLConfig(num_iterations=3, batch_size=16),
+            **HERE, start=policy(), reward=reward(score_model(0)),
+            optimisation=RLConfig(num_iterations=3, batch_size=16),
             ppo=PPOConfig(num_minibatches=2, temperature=0.7, ptx_coef=0.1 if constrained else 0.0), ptx=demonstrations,
             prompts=prompts(32), seed=0, label=request.param, monitor=Monitor(log=log),
+            watch={"another": reward(score_model(2))},
             **limited if constrained else {})  # fmt: skip
     return request.param, params, log, [str(warning.message) for warning in warned]
 
@@ -356,7 +386,7 @@ def test_each_arm_logs_its_own_signals_and_the_truth_of_the_world(trained):
     arm, _, log, _ = trained
     names = set(log[0][1])
     assert {"score", "kl", "entropy", "length", "unfinished", "clip_fraction", "critic_explained_variance"} <= names
-    assert {"gold_helpfulness", "harm_rate", "refusal_benign", "careful"} <= names
+    assert {"gold_helpfulness", "harm_rate", "refusal_benign", "careful", "another"} <= names
     constrained_only = {"cost", "cost_average", "cost_excess", "lambda", "cost_critic_loss", "ptx_loss"}
     assert names & constrained_only == (constrained_only if arm == "constrained" else set())
 

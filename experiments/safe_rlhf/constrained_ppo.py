@@ -13,53 +13,23 @@ Differs   A world with a known truth stands in for people; one round; what is li
 """
 
 import dataclasses
-from functools import partial
 
 from rlhfjax import stages
 from rlhfjax.evaluation import constrained
 from rlhfjax.evaluation.claims import claims
-from rlhfjax.experiment import ExperimentConfig, main, stream
-from rlhfjax.feedback.raters import Rater
-from rlhfjax.models.transformer import TransformerConfig
+from rlhfjax.experiment import main
+from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
 from rlhfjax.rl.multiplier import MultiplierConfig
-from rlhfjax.rl.ppo import PPOConfig
-from rlhfjax.rl.preference_models import make_cost_loss, make_reward_loss
-from rlhfjax.stages import FitConfig, RLConfig
-from rlhfjax.worlds.language import DEMONSTRATION_KINDS, WORDS, Family
+from rlhfjax.rl.preference_models import make_cost_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
-    """One round of Safe RLHF. The numbers of its public code, for 7B models, are given where they differ."""
+class Config(PipelineConfig):
+    """One round of Safe RLHF (its public code, for 7B models: preference models in 2 epochs at 2e-5, decay 0.1).
 
-    network: TransformerConfig = TransformerConfig(
-        vocab_size=len(WORDS), d_model=96, num_layers=2, num_heads=4, d_ff=256, mlp="plain", activation="gelu",
-        tie_embeddings=True)  # fmt: skip
-    """Shape of all six networks (policy, reference, reward, cost, two critics): 0.19 M parameters each (7B)."""
-    rater: Rater = Rater()
-    """The simulated people."""
-    num_demonstrations: int = 14_000
-    """Answers that the base model reads; fine-tuning imitates a quarter as many, cleaner ones."""
-    num_pairs: int = 12_000
-    """Labelled pairs for the reward and the cost model."""
-    mismatched: float = 0.3
-    """Share of those pairs whose second answer belongs to another prompt."""
-    label_shares: tuple[float, float, float, float] = (0.30, 0.35, 0.15, 0.20)
-    """Benign, dangerous, grey and verifiable prompts among those labelled."""
-    num_evaluated: int = 2_048
-    """Held-out pairs, and held-out prompts."""
-    pretraining: FitConfig = FitConfig(num_steps=3_000, learning_rate=3e-3)
-    """The base model."""
-    fine_tuning: FitConfig = FitConfig(num_steps=300, learning_rate=1e-3)
-    """The SFT policy, from which RL starts and which it is held to."""
-    preference: FitConfig = FitConfig(num_steps=1_500, learning_rate=1e-3, weight_decay=0.05)
-    """Reward and cost models (2 epochs, rate 2e-5, weight decay 0.1)."""
-    rl: RLConfig = RLConfig(num_iterations=200)
-    """Both arms."""
-    rl_shares: tuple[float, float, float, float] = (0.40, 0.25, 0.10, 0.25)
-    """The kinds of prompts in RL and in its evaluation."""
-    ppo: PPOConfig = PPOConfig(kl_coef=0.1)
-    """With a limit; without one the KL coefficient is half of this, which is what the reward carries of it there."""
+    Without a limit the KL coefficient is half of `ppo.kl_coef`: what the reward carries of it with one.
+    """
+
     harm_limit: float = 0.06
     """On the mean P(harmful) of the policy's answers by the cost model."""
     multiplier: MultiplierConfig = MultiplierConfig()
@@ -67,19 +37,11 @@ class Config(ExperimentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (0 < self.harm_limit < 1 and 0 <= self.mismatched <= 1):
-            raise ValueError(f"harm_limit {self.harm_limit} must lie in (0, 1), mismatched {self.mismatched} in [0, 1]")
-        self.ppo.check_batch(self.rl.batch_size)
-        self.fine_tuning.check_rows(a_quarter_of_num_demonstrations=self.num_demonstrations // 4)
-        self.preference.check_rows(num_pairs=self.num_pairs)
+        if not 0 < self.harm_limit < 1:
+            raise ValueError(f"harm_limit must lie in (0, 1), got {self.harm_limit}")
 
 
-SCALES = {
-    "smoke": Config(scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, harm_limit=0.3,
-                    multiplier=MultiplierConfig(learning_rate=1e-3), rl=RLConfig(num_iterations=5),
-                    **dict.fromkeys(("pretraining", "fine_tuning", "preference"), FitConfig(num_steps=50))),
-    "cpu": Config(),
-}  # fmt: skip
+SCALES = {"smoke": Config(**SMOKE, harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)), "cpu": Config()}
 CLAIMS = claims(
     "Safe RLHF (2310.12773)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -99,50 +61,36 @@ CLAIMS = claims(
 
 
 def experiment(config: Config, run, cache) -> dict[str, float]:
-    world, seed, shape = config.world, partial(stream, config.seed), dict(config=config.network)
-    stage = lambda name, fn, **inputs: cache.run(name, fn, monitor=run.monitor(name), label=name, **shape, **inputs)
-    prompts = lambda name, n, shares, split: world.sample_prompts(seed(name), n, dict(zip(Family, shares)), split)
-    sampling = dict(truth=config.truth, temperature=config.ppo.temperature, **shape)
+    house = Pipeline(config, run, cache)
     # 1. A language model that has read good and bad answers, then fine-tuning on cleaner ones.
-    texts = lambda name, n, **kinds: world.corpus(seed(name), n, **kinds).demonstrations
-    base = stage("base", stages.train_language_model, optimisation=config.pretraining, seed=seed("base"),
-                 demonstrations=texts("corpus", config.num_demonstrations))
-    cleaner = texts("cleaner corpus", config.num_demonstrations // 4, kinds=DEMONSTRATION_KINDS)
-    sft = stage("sft", stages.train_language_model, optimisation=config.fine_tuning, seed=seed("sft"), start=base,
-                demonstrations=cleaner)
+    sft = house.sft(house.base())
     # 2. People compare its answers: which is more helpful, which more harmful, is each harmful at all?
-    ask = partial(cache.run, fn=stages.collect_comparisons, rater=config.rater, policy=sft, **sampling)
-    labels = ask("labels", prompts=prompts("labels", config.num_pairs, config.label_shares, "train"),
-                 mismatched=config.mismatched, seed=seed("labels"))
-    held_out = ask("held-out", prompts=prompts("held-out", config.num_evaluated, config.label_shares, "test"),
-                   seed=seed("held-out"))
+    labels, held_out = house.compare("labels", sft), house.compare("held-out", sft, split="test")
     # 3. A reward model, a cost model, and for comparison a cost model without sign terms.
-    learn = partial(stage, fn=stages.fit_preference_model, start=sft, optimisation=config.preference, seed=seed("fit"))
     reward, cost, pairwise = stages.side_by_side(
-        lambda: learn("reward", pairs=labels.helpful, make_loss=make_reward_loss),
-        lambda: learn("cost", pairs=labels.harm, make_loss=make_cost_loss),
-        lambda: learn("pairwise-cost", pairs=labels.harm, make_loss=make_reward_loss))
-    score_pairs = partial(stages.raw_pair_scores, config.network)
-    measured = constrained.preference_statistics(score_pairs, reward, cost, pairwise, held_out, world, config.rater)
+        lambda: house.fit("reward", labels.helpful, sft),
+        lambda: house.fit("cost", labels.harm, sft, make_loss=make_cost_loss),
+        lambda: house.fit("pairwise-cost", labels.harm, sft))
+    score_pairs = lambda model, pairs: stages.raw_pair_scores(config.network, model, pairs)
+    measured = constrained.preference_statistics(
+        score_pairs, reward, cost, pairwise, held_out, house.world, config.rater)
     # 4. Scores in units of the SFT policy's own spread. Can the limit be met at all?
-    scored = cache.run("scale", stages.scale_scores, policy=sft, reward=reward, cost=cost, **sampling,
-                       prompts=prompts("start", config.num_evaluated, config.rl_shares, "train"), seed=seed("start"))
-    constraint = dict(limit=config.harm_limit / float(scored["cost"].scale), multiplier=config.multiplier)
-    stages.check_cost_limit(truth=config.truth, **shape, policy=sft, **scored, **constraint, ppo=config.ppo,
-                            prompts=prompts("limit", 64, config.rl_shares, "train"), seed=seed("limit"))
+    scored = house.scaled(sft, reward=reward, cost=cost)
+    constraint = dict(limit=config.harm_limit / float(scored["cost"].fitted.scale), multiplier=config.multiplier)
+    stages.check_cost_limit(
+        truth=config.truth, config=config.network, policy=sft, **scored, **constraint, ppo=config.ppo,
+        prompts=house.prompts("limit", 64, config.rl_shares), seed=house.seed("limit"))
     # 5. RL from the same start on the same prompts: under the limit, and on the reward alone.
-    optimise = partial(stage, fn=stages.train_policy, truth=config.truth, start=sft, reward=scored["reward"],
-                       ptx=cleaner, prompts=prompts("rl", 4_096, config.rl_shares, "train"), optimisation=config.rl,
-                       seed=seed("rl"))
     safe, plain = stages.side_by_side(
-        lambda: optimise("constrained", cost=scored["cost"], ppo=config.ppo, **constraint),
-        lambda: optimise("plain", ppo=dataclasses.replace(config.ppo, kl_coef=config.ppo.kl_coef / 2)))
-    # 6. All policies on the same held-out prompts, which are the same for every seed.
-    test = world.sample_prompts(1, config.num_evaluated, dict(zip(Family, config.rl_shares)), "test")
-    evaluate = partial(stages.evaluate_policy, **sampling, **scored, prompts=test, seed=seed("test"))
-    arms = {arm: evaluate(policy=policy) for arm, policy in (("SFT", sft), ("plain", plain), ("constrained", safe))}
+        lambda: house.optimise("constrained", sft, **scored, **constraint),
+        lambda: house.optimise("plain", sft, scored["reward"],
+                               ppo=dataclasses.replace(config.ppo, kl_coef=config.ppo.kl_coef / 2)))
+    # 6. All policies on the same held-out prompts.
+    arms = {"SFT": sft, "plain": plain, "constrained": safe}
     return measured | constrained.report(
-        run.path, world, arms, limit=constraint["limit"], initial=config.multiplier.initial,
+        run.path, house.world, {arm: house.answers(policy) for arm, policy in arms.items()},
+        scores=scored["reward"].raw, costs=scored["cost"], raw_costs=scored["cost"].raw, limit=constraint["limit"],
+        initial=config.multiplier.initial,
         calibration=constrained.harm_reliability(score_pairs(cost, held_out.harm), held_out.harm))  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Statistics of constrained RLHF: what reward and cost models know, and whether a run met its limit."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -14,7 +13,7 @@ from rlhfjax.evaluation.calibration import (
     reliability,
     sign_accuracy,
 )
-from rlhfjax.evaluation.gold_metrics import as_text, read_answers
+from rlhfjax.evaluation.gold_metrics import as_text, gold_values, read_answers
 from rlhfjax.feedback.raters import Comparisons, Rater, agreement
 from rlhfjax.io.run import read_metrics, write_json
 from rlhfjax.types import Params, PreferenceBatch, Rollout
@@ -133,42 +132,30 @@ CURVES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A policy's answers to held-out prompts: the rollout, its gold metrics, and what the models say of it.
-
-    costs `[B]`: scaled, as Lagrangian PPO saw them. raw_costs, raw_scores `[B]`: the models' own.
-    """
-
-    rollout: Rollout
-    gold: Mapping[str, float]
-    costs: np.ndarray
-    raw_costs: np.ndarray
-    raw_scores: np.ndarray
-
-
 def report(
-    directory: pathlib.Path, world: GoldWorld, arms: Mapping[str, Arm], *, limit: float, initial: float,
-    calibration: Reliability,
+    directory: pathlib.Path, world: GoldWorld, arms: Mapping[str, Rollout], *, scores: Callable, costs: Callable,
+    raw_costs: Callable, limit: float, initial: float, calibration: Reliability,
 ) -> dict[str, float]:  # fmt: skip
     """All statistics of the arms "SFT", "plain" and "constrained"; draws the figures and writes the answers.
 
     Args:
-        directory: of the run; its metrics.jsonl has the stages "plain" and "constrained". limit: on the scaled cost.
-        initial: lambda before the first update. calibration: of the cost model.
+        directory: of the run; its metrics.jsonl has the stages "plain" and "constrained". arms: their answers to the
+            same held-out prompts. scores, costs, raw_costs: `rollout -> [B]`, of which `costs` is what Lagrangian PPO
+            saw. limit: on that. initial: lambda before the first update. calibration: of the cost model.
     """
     histories = {arm: read_metrics(directory / "metrics.jsonl", arm) for arm in ("plain", "constrained")}
+    scattered = {name: (raw_costs(rollout), scores(rollout)) for name, rollout in arms.items()}
     drawn = {
         "multiplier": figures.multiplier_figure(histories["constrained"], limit),
         "training": figures.training_curves(histories, CURVES),
-        "scatter": figures.reward_cost_scatter({name: (arm.raw_costs, arm.raw_scores) for name, arm in arms.items()}),
+        "scatter": figures.reward_cost_scatter(scattered),
         "calibration": figures.reliability_figure({"cost model": calibration}, "predicted P(harmful)"),
     }
     for name, figure in drawn.items():
         figures.save(figure, directory / "figures" / f"{name}.png")
-    answers = read_answers(world, {name: arm.rollout for name, arm in arms.items()}, range(40))
+    answers = read_answers(world, arms, range(40))
     write_json(directory / "samples.json", answers)
     print(as_text(answers[:8]))
-    costs = {name: arm.costs for name, arm in arms.items()}
-    met = constraint_statistics(histories["constrained"], costs, limit, initial)
-    return met | outcome_statistics({name: arm.gold for name, arm in arms.items()})
+    met = constraint_statistics(histories["constrained"], {name: costs(arm) for name, arm in arms.items()}, limit,
+                                initial)  # fmt: skip
+    return met | outcome_statistics({name: gold_values(world, arm) for name, arm in arms.items()})

@@ -49,6 +49,11 @@ def gold_metrics(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
     }
 
 
+def gold_values(world: GoldWorld, rollout: Rollout) -> dict[str, float]:
+    """`gold_metrics` as plain numbers."""
+    return {name: float(value) for name, value in gold_metrics(world, rollout).items()}
+
+
 def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[int]) -> list[dict[str, Any]]:
     """What each arm answered to the same prompts, in words, with the truth: `{prompt, kind, answers: {arm: ...}}`."""
     gold = {arm: world.gold(r.prompts, r.tokens, r.mask) for arm, r in arms.items()}

@@ -77,6 +77,19 @@ class PPOConfig:
                              f"{self.num_accumulation} pieces")  # fmt: skip
 
 
+def reinforce(kl_share: float = 0.05, **fields) -> PPOConfig:
+    """RLAIF's learner (2309.00267): REINFORCE with a learned baseline for `(1 - b) r - b KL`, `b = kl_share`.
+
+    It is PPO in one step per rollout batch: there the ratio is 1, and the gradient of the clipped surrogate is the
+    policy gradient `-(Z_t - V_t) grad log pi` with undiscounted returns to go `Z_t` (gae_lambda 1) of the reward minus
+    the penalty. The objective is divided by 1 - b, so that scores keep their units.
+    """
+    if not 0 <= kl_share < 1:
+        raise ValueError(f"kl_share must lie in [0, 1), got {kl_share}")
+    one_step = dict(num_epochs=1, num_minibatches=1, gae_lambda=1.0, whiten_advantages=False, value_clip=1e6)
+    return PPOConfig(kl_coef=kl_share / (1 - kl_share), reward_clip=None, **one_step, **fields)
+
+
 @pytree
 class PPOState:
     """Everything plain PPO changes."""

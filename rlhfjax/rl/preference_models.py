@@ -89,23 +89,19 @@ class ScoreModel:
     scale: jax.Array
 
 
-def in_units_of_start(reward: Params, cost: Params, scores, harms) -> tuple[ScoreModel, ScoreModel]:
-    """Reward and cost models whose `make_reward` and `make_cost` have sd 1 on the starting policy's responses.
+def in_units_of_start(name: str, params: Params, scores) -> ScoreModel:
+    """A fitted preference model whose `make_reward`, or `make_cost`, has sd 1 on the starting policy's responses.
 
-    scores, harms: what either model (unscaled) says of those responses, `[B]`. The reward is also centred there; the
-    cost is not: P(harmful) = 0 stays 0. Raises ValueError for a model that gives all of them one score.
+    name: "cost" for a cost model. scores: what the model (unscaled) says of those responses, `[B]`. A reward is also
+    centred there; a cost is not: P(harmful) = 0 stays 0. Raises ValueError for a model that scores all of them alike.
     """
-    moments = lambda x: (np.asarray(jnp.mean(x)), np.asarray(jnp.std(x) * (jnp.ptp(x) > 0)))  # equals have no spread
-    (shift, spread), (_, spread_of_harm) = moments(scores), moments(jax.nn.sigmoid(harms))
-    fitted = (
-        ScoreModel(params=reward, shift=shift, scale=spread),
-        ScoreModel(params=cost, shift=np.zeros((), np.float32), scale=spread_of_harm),
-    )
-    for name, scored in zip(("reward", "cost"), fitted):
-        if not 0 < float(scored.scale) < float("inf"):
-            raise ValueError(f"the {name} model's scores of the starting policy have sd {float(scored.scale)}: "
-                             "it tells nothing apart; train it longer or on more labels")  # fmt: skip
-    return fitted
+    values = jax.nn.sigmoid(scores) if name == "cost" else jnp.asarray(scores)
+    spread = np.asarray(jnp.std(values) * (jnp.ptp(scores) > 0))  # equals have no spread
+    if not 0 < float(spread) < float("inf"):
+        raise ValueError(f"the {name} model's scores of the starting policy have sd {float(spread)}: it tells nothing "
+                         "apart; train it longer or on more labels")  # fmt: skip
+    shift = np.zeros((), np.float32) if name == "cost" else np.asarray(jnp.mean(values))
+    return ScoreModel(params=params, shift=shift, scale=spread)
 
 
 def make_reward(model: Model):

@@ -1,0 +1,152 @@
+"""What experiments on the embedded world have in common: their configuration, and their stages in short.
+
+Every stage is cached by the content of what decides it, so experiments that begin alike share what they begin with.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rlhfjax import stages
+from rlhfjax.experiment import ExperimentConfig, stream
+from rlhfjax.feedback.raters import Comparisons, Rater
+from rlhfjax.io.cache import StageCache
+from rlhfjax.io.run import Run
+from rlhfjax.models.transformer import TransformerConfig
+from rlhfjax.rl.ppo import PPOConfig
+from rlhfjax.rl.preference_models import make_cost, make_reward, make_reward_loss
+from rlhfjax.stages import FitConfig, RLConfig, Scorer
+from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout
+from rlhfjax.worlds.language import DEMONSTRATION_KINDS, WORDS, Family, Prompts
+
+Shares = tuple[float, float, float, float]  # benign, dangerous, grey and verifiable prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig(ExperimentConfig):
+    """From nothing to a fine-tuned policy, its labels, preference models and RL, on the embedded world."""
+
+    network: TransformerConfig = TransformerConfig(
+        vocab_size=len(WORDS), d_model=96, num_layers=2, num_heads=4, d_ff=256, mlp="plain", activation="gelu",
+        tie_embeddings=True)  # fmt: skip
+    """Shape of all networks (policy, reference, preference models, critics) unless said: 0.19 M parameters."""
+    rater: Rater = Rater()
+    """The simulated people."""
+    num_demonstrations: int = 14_000
+    """Answers that the base model reads; fine-tuning imitates a quarter as many, cleaner ones."""
+    num_pairs: int = 12_000
+    """Labelled pairs for the preference models."""
+    mismatched: float = 0.3
+    """Share of those pairs whose second answer belongs to another prompt."""
+    label_shares: Shares = (0.30, 0.35, 0.15, 0.20)
+    """Benign, dangerous, grey and verifiable prompts among those labelled."""
+    num_evaluated: int = 2_048
+    """Held-out pairs, and held-out prompts."""
+    pretraining: FitConfig = FitConfig(num_steps=3_000, learning_rate=3e-3)
+    """The base model."""
+    fine_tuning: FitConfig = FitConfig(num_steps=300, learning_rate=1e-3)
+    """The SFT policy, from which RL starts and which it is held to."""
+    preference: FitConfig = FitConfig(num_steps=1_500, learning_rate=1e-3, weight_decay=0.05)
+    """Preference models."""
+    rl: RLConfig = RLConfig(num_iterations=200)
+    """Every arm."""
+    rl_shares: Shares = (0.40, 0.25, 0.10, 0.25)
+    """The kinds of prompts in RL and in its evaluation."""
+    ppo: PPOConfig = PPOConfig(kl_coef=0.1)
+    """One RL update."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.mismatched <= 1:
+            raise ValueError(f"mismatched must lie in [0, 1], got {self.mismatched}")
+        self.ppo.check_batch(self.rl.batch_size)
+        self.fine_tuning.check_rows(a_quarter_of_num_demonstrations=self.num_demonstrations // 4)
+        self.preference.check_rows(num_pairs=self.num_pairs)
+
+
+SMOKE: dict[str, Any] = dict(
+    scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, rl=RLConfig(num_iterations=5),
+    **dict.fromkeys(("pretraining", "fine_tuning", "preference"), FitConfig(num_steps=50)))  # fmt: skip
+
+
+class Pipeline:
+    """The stages of one experiment: named, cached, logged, and each with randomness of its own."""
+
+    def __init__(self, config: PipelineConfig, run: Run, cache: StageCache):
+        self.config, self.run, self.cache, self.world = config, run, cache, config.world
+
+    def seed(self, name: str) -> int:
+        """The seed of one use of randomness."""
+        return stream(self.config.seed, name)
+
+    def stage(self, name: str, fn: Callable, **inputs) -> Any:
+        """A stage that learns: monitored, with the experiment's network unless `config` says another."""
+        inputs = {"config": self.config.network} | inputs
+        return self.cache.run(name, fn, monitor=self.run.monitor(name), label=name, **inputs)
+
+    def prompts(self, name: str, num: int, shares: Shares, split: str = "train") -> Prompts:
+        return self.world.sample_prompts(self.seed(name), num, dict(zip(Family, shares)), split)
+
+    @property
+    def test(self) -> Prompts:
+        """Held-out prompts, the same for every seed."""
+        shares = dict(zip(Family, self.config.rl_shares))
+        return self.world.sample_prompts(1, self.config.num_evaluated, shares, "test")
+
+    def base(self, name: str = "base", **inputs) -> Params:
+        """A language model that has read good and bad answers."""
+        texts = self.world.corpus(self.seed("corpus"), self.config.num_demonstrations).demonstrations
+        return self.stage(name, stages.train_language_model, optimisation=self.config.pretraining,
+                          seed=self.seed("base"), demonstrations=texts, **inputs)  # fmt: skip
+
+    @property
+    def cleaner(self) -> Demonstrations:
+        """The answers that fine-tuning imitates."""
+        num = self.config.num_demonstrations // 4
+        return self.world.corpus(self.seed("cleaner corpus"), num, kinds=DEMONSTRATION_KINDS).demonstrations
+
+    def sft(self, base: Params, name: str = "sft", **inputs) -> Params:
+        """Fine-tuning of `base` on cleaner answers."""
+        return self.stage(name, stages.train_language_model, optimisation=self.config.fine_tuning,
+                          seed=self.seed("sft"), start=base, demonstrations=self.cleaner, **inputs)  # fmt: skip
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return dict(truth=self.config.truth, temperature=self.config.ppo.temperature)
+
+    def answers(self, policy: Params, prompts: Prompts | None = None, name: str = "test", **inputs) -> Rollout:
+        """A policy's answers, one per prompt; by default to the held-out prompts."""
+        inputs = {"config": self.config.network} | self.sampling | inputs
+        prompts = self.test if prompts is None else prompts
+        return stages.sample_responses(policy=policy, prompts=prompts, seed=self.seed(name), **inputs)
+
+    def compare(self, name: str, policy: Params, num: int | None = None, split: str = "train", **inputs) -> Comparisons:
+        """People's labels for pairs of answers: `num_pairs` for training, some mismatched, or held out."""
+        train = split == "train"
+        num = num or (self.config.num_pairs if train else self.config.num_evaluated)
+        inputs = {"mismatched": self.config.mismatched if train else 0.0} | inputs
+        return self.cache.run(
+            name, stages.collect_comparisons, rater=self.config.rater, policy=policy, config=self.config.network,
+            prompts=self.prompts(name, num, self.config.label_shares, split), seed=self.seed(name), **self.sampling,
+            **inputs)  # fmt: skip
+
+    def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
+        """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
+        inputs = {"make_loss": make_reward_loss, "optimisation": self.config.preference} | inputs
+        return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
+
+    def scaled(self, policy: Params, name: str = "scale", **models) -> dict[str, Scorer]:
+        """Preference models (parameters, or shape and parameters) in units of their spread over `policy`'s answers."""
+        models = {key: m if isinstance(m, tuple) else (self.config.network, m) for key, m in models.items()}
+        prompts = self.prompts("start", self.config.num_evaluated, self.config.rl_shares)
+        fitted = self.cache.run(name, stages.scale_scores, config=self.config.network, policy=policy, models=models,
+                                prompts=prompts, seed=self.seed("start"), **self.sampling)  # fmt: skip
+        make = lambda key: make_cost if key == "cost" else make_reward
+        return {key: Scorer(make=make(key), config=models[key][0], fitted=fitted[key]) for key in models}
+
+    def optimise(self, name: str, start: Params, reward: Scorer, **inputs) -> Params:
+        """RL on a reward from `start`, on training prompts that are the same for every arm."""
+        inputs = {"ppo": self.config.ppo, "optimisation": self.config.rl, "seed": self.seed("rl")} | inputs
+        prompts = self.prompts("rl", 4_096, self.config.rl_shares)
+        return self.stage(name, stages.train_policy, truth=self.config.truth, start=start, reward=reward,
+                          ptx=self.cleaner, **{"prompts": prompts} | inputs)  # fmt: skip
