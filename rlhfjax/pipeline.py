@@ -96,8 +96,8 @@ class Pipeline:
     def base(self, name: str = "base", **inputs) -> Params:
         """A language model that has read good and bad answers."""
         texts = self.world.corpus(self.seed("corpus"), self.config.num_demonstrations).demonstrations
-        return self.stage(name, stages.train_language_model, optimisation=self.config.pretraining,
-                          seed=self.seed("base"), demonstrations=texts, **inputs)  # fmt: skip
+        inputs = {"optimisation": self.config.pretraining, "demonstrations": texts} | inputs
+        return self.stage(name, stages.train_language_model, seed=self.seed("base"), **inputs)
 
     @property
     def cleaner(self) -> Demonstrations:
@@ -107,8 +107,8 @@ class Pipeline:
 
     def sft(self, base: Params, name: str = "sft", **inputs) -> Params:
         """Fine-tuning of `base` on cleaner answers."""
-        return self.stage(name, stages.train_language_model, optimisation=self.config.fine_tuning,
-                          seed=self.seed("sft"), start=base, demonstrations=self.cleaner, **inputs)  # fmt: skip
+        inputs = {"optimisation": self.config.fine_tuning, "demonstrations": self.cleaner} | inputs
+        return self.stage(name, stages.train_language_model, seed=self.seed("sft"), start=base, **inputs)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -124,11 +124,11 @@ class Pipeline:
         """People's labels for pairs of answers: `num_pairs` for training, some mismatched, or held out."""
         train = split == "train"
         num = num or (self.config.num_pairs if train else self.config.num_evaluated)
-        inputs = {"mismatched": self.config.mismatched if train else 0.0} | inputs
-        return self.cache.run(
-            name, stages.collect_comparisons, rater=self.config.rater, policy=policy, config=self.config.network,
-            prompts=self.prompts(name, num, self.config.label_shares, split), seed=self.seed(name), **self.sampling,
-            **inputs)  # fmt: skip
+        inputs = {
+            "rater": self.config.rater, "config": self.config.network, "seed": self.seed(name),
+            "prompts": self.prompts(name, num, self.config.label_shares, split),
+        } | self.sampling | ({"mismatched": self.config.mismatched} if train else {}) | inputs  # fmt: skip
+        return self.cache.run(name, stages.collect_comparisons, policy=policy, **inputs)
 
     def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
         """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
@@ -146,7 +146,8 @@ class Pipeline:
 
     def optimise(self, name: str, start: Params, reward: Scorer, **inputs) -> Params:
         """RL on a reward from `start`, on training prompts that are the same for every arm."""
-        inputs = {"ppo": self.config.ppo, "optimisation": self.config.rl, "seed": self.seed("rl")} | inputs
-        prompts = self.prompts("rl", 4_096, self.config.rl_shares)
-        return self.stage(name, stages.train_policy, truth=self.config.truth, start=start, reward=reward,
-                          ptx=self.cleaner, **{"prompts": prompts} | inputs)  # fmt: skip
+        inputs = {
+            "ppo": self.config.ppo, "optimisation": self.config.rl, "seed": self.seed("rl"), "ptx": self.cleaner,
+            "prompts": self.prompts("rl", 4_096, self.config.rl_shares), "truth": self.config.truth,
+        } | inputs  # fmt: skip
+        return self.stage(name, stages.train_policy, start=start, reward=reward, **inputs)

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import numpy as np
 from rlhfjax import losses
 from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
+from rlhfjax.feedback.self_play import MANNERS, Population, manners, sibling_preferences
 from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
 from rlhfjax.models.transformer import (
     Model,
@@ -39,6 +40,7 @@ from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
 from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, pair_scores
 from rlhfjax.rl.sampling import make_sampler
+from rlhfjax.rl.self_play import make_iterated_reward, make_self_play
 from rlhfjax.rl.sft import make_next_token_loss
 from rlhfjax.types import (
     Demonstrations,
@@ -478,6 +480,63 @@ def train_policy(
     if multiplier is not None:
         _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
                        multiplier.maximum)  # fmt: skip
+    return mesh.fetch(state.policy.params)
+
+
+def train_by_preferences(
+    *,
+    truth: str,
+    config: TransformerConfig,
+    start: Params,
+    people: Population,
+    method: Literal["self-play", "reward model", "oracle"],
+    num_samples: int,
+    ppo: PPOConfig,
+    optimisation: RLConfig,
+    prompts: Prompts,
+    seed: int,
+    label: str,
+    monitor: Monitor,
+) -> Params:
+    """The policy after PPO on comparisons among its own answers, `num_samples` to each prompt, by `people`.
+
+    method: "self-play" rewards win rates among siblings (SPO); "reward model" refits a Bradley-Terry model to the same
+    comparisons; "oracle" is told r* itself, which bounds both. The log has the shares of `MANNERS`.
+    """
+    world, policy, scalar = gold_world(truth), make_language_model(config), make_scalar_model(config)
+    learner = make_ppo(policy, scalar, adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate), ppo)
+    warm = lambda start: scalar_params_from(start, scalar, jax.random.key(seed))
+    networks = lambda start: (start, warm(start))
+    feedback = lambda rollout, key: (sibling_preferences(world, people, rollout, key, num_samples=num_samples),)
+    match method:
+        case "self-play":
+            learner = make_self_play(learner)
+        case "reward model":
+            learner = make_iterated_reward(learner, scalar, adamw(optimisation.critic_learning_rate))
+            networks = lambda start: (warm(start), start, warm(start))
+        case "oracle":
+            feedback = lambda rollout, key: (world.gold(rollout.prompts, rollout.tokens, rollout.mask).helpfulness,)
+        case _:
+            raise ValueError(f"method must be 'self-play', 'reward model' or 'oracle', got {method!r}")
+    start = mesh.place(start, policy.logical_axes())
+    share = jax.jit(lambda rollout: jax.nn.one_hot(manners(world, rollout), len(MANNERS)).mean(0))
+    observe = lambda rollout: gold_metrics(world, rollout) | dict(zip(MANNERS, share(rollout)))
+    state = run_rl(
+        algorithm=learner._replace(init=lambda start: learner.init(*networks(start))),
+        params=(start,),
+        ref_params=start,
+        sample=_sampler(truth, config, ppo.temperature),
+        feedback=feedback,
+        observe=observe,
+        prompts=prompts.tokens,
+        prompt_mask=prompts.mask,
+        num_iterations=optimisation.num_iterations,
+        batch_size=optimisation.batch_size,
+        num_samples=num_samples,
+        seed=seed,
+        monitor=monitor,
+        label=label,
+    )
     return mesh.fetch(state.policy.params)
 
 

@@ -81,6 +81,33 @@ def calibration_slope(scores, prefs) -> float:
     return brentq(derivative, -bound, bound)
 
 
+class UpperTail(NamedTuple):
+    """Pairs whose scores both exceed a threshold, `[thresholds]` each: accuracy, and what calibration would give."""
+
+    threshold: np.ndarray
+    accuracy: np.ndarray
+    calibrated: np.ndarray
+    count: np.ndarray
+
+
+def upper_tail(scores, prefs, shares=(1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)) -> UpperTail:
+    """Accuracy where both responses score high (HH-RLHF, 2204.05862, section 3.3), beside that of a calibrated scorer.
+
+    Where both scores are high their gap is small, so accuracy falls there whoever scores: a perfectly calibrated
+    scorer with these very scores would be right with probability sigmoid(|gap|). shares: of all pairs that are to lie
+    above each threshold on the lower score of a pair. scores `[N, 2]`, prefs `[N]`; ties in the labels are left out.
+    """
+    gap, prefs = _gap(scores), _probabilities("prefs", prefs, len(scores))
+    lower = np.min(scores, axis=1)
+    rows = []
+    for share in shares:
+        threshold = np.quantile(lower, 1 - share)
+        kept = (lower >= threshold) & (prefs != 0.5)
+        calibrated = float(np.mean(expit(np.abs(gap[kept]))))
+        rows.append((threshold, _agreement(gap[kept], prefs[kept] - 0.5), calibrated, kept.sum()))
+    return UpperTail(*map(np.array, zip(*rows)))
+
+
 def _agreement(values: np.ndarray, sides: np.ndarray) -> float:
     return float(np.mean(np.where(values == 0, 0.5, np.sign(values) == np.sign(sides))))
 

@@ -105,6 +105,22 @@ def training_curves(histories: Mapping[str, History], metrics: Mapping[str, str]
     return figure
 
 
+def lines(x, curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *, log: bool = False) -> Figure:
+    """Curves over a common x, or each `(x, y)` over an x of its own, one colour each, named beside their ends."""
+    if len(curves) > len(ARMS):
+        raise ValueError(f"at most {len(ARMS)} curves can be told apart, got {len(curves)}")
+    figure = Figure((5.6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for (name, curve), color in zip(curves.items(), ARMS):
+        at, values = curve if isinstance(curve, tuple) else (x, curve)
+        axis.plot(at, values, color=color, lw=1.8, marker="o" if len(at) < 30 else None, ms=3.5, label=name)
+    axis.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+    if log:
+        axis.set_xscale("log")
+    _finish(axis, ylabel, xlabel)
+    return figure
+
+
 def reliability_figure(models: Mapping[str, Reliability], xlabel: str = "predicted probability") -> Figure:
     """Observed against predicted frequency, one curve per model; the area of a point is its number of labels."""
     figure = Figure((4.4, 4.3), layout="constrained")

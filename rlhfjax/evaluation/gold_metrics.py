@@ -54,6 +54,21 @@ def gold_values(world: GoldWorld, rollout: Rollout) -> dict[str, float]:
     return {name: float(value) for name, value in gold_metrics(world, rollout).items()}
 
 
+def best_of_n_curve(world: GoldWorld, score, n: int, rollout: Rollout) -> dict[str, dict[int, float]]:
+    """Mean score ("proxy") and mean r* ("gold") of the answer that `score` likes best among 1, 4, 16, ... up to n.
+
+    rollout: n answers to each prompt, next to each other. Each is used once: n / k groups of k answers per prompt.
+    """
+    scores = np.asarray(score(rollout))
+    gold = np.asarray(world.gold(rollout.prompts, rollout.tokens, rollout.mask).helpfulness)
+    curve = {"proxy": {}, "gold": {}}
+    for k in (4**i for i in range(1 + int(np.log(n) / np.log(4) + 1e-9))):
+        groups = scores.reshape(-1, k)  # k divides n, so no group mixes two prompts
+        best = np.arange(len(groups)) * k + groups.argmax(1)
+        curve["proxy"][k], curve["gold"][k] = float(scores[best].mean()), float(gold[best].mean())
+    return curve
+
+
 def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[int]) -> list[dict[str, Any]]:
     """What each arm answered to the same prompts, in words, with the truth: `{prompt, kind, answers: {arm: ...}}`."""
     gold = {arm: world.gold(r.prompts, r.tokens, r.mask) for arm, r in arms.items()}

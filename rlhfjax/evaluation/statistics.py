@@ -79,6 +79,11 @@ def verdict(per_seed, threshold: float, direction: Direction, level: float = 0.9
     return "supported" if supported else "contradicted" if contradicted else "inconclusive"
 
 
+def rank_correlation(x, y) -> float:
+    """Spearman's rho of paired values `[n]` of *one run*."""
+    return float(stats.spearmanr(x, y).statistic)
+
+
 def one_run_interval(successes: int, trials: int, level: float = 0.95) -> Interval:
     """Wilson's binomial interval for a share of prompts. It describes *one run*, and says nothing of other seeds."""
     if trials <= 0 or not 0 <= successes <= trials:

@@ -5,6 +5,7 @@ policy       ppo_clip_loss, clipped_value_loss, reinforce_loss, kl_k1, kl_k2, kl
 advantages   kl_shaped_rewards, kl_shaped_rewards_and_costs, gae, discounted_returns, whiten, adaptive_kl_coef
 lagrange     mixed_advantages, multiplier_loss, clamp_log_lambda, moving_average; tempered_policy, reachable_cost,
              check_limit (what the dual converges to, and whether it can)
+games        self_play_rewards, exploitability, hedge_update
 
 Conventions. Arrays come first, options are keyword-only, leading dimensions are free. All arrays of a call have equal
 shapes and float dtypes (integers are an error); bfloat16 is raised to float32 at the door, and **results are float32
@@ -18,6 +19,7 @@ from rlhfjax.losses.advantages import (
     kl_shaped_rewards,
     kl_shaped_rewards_and_costs,
 )
+from rlhfjax.losses.games import exploitability, hedge_update, self_play_rewards
 from rlhfjax.losses.lagrange import (
     check_limit,
     clamp_log_lambda,
@@ -39,8 +41,8 @@ from rlhfjax.masked import whiten
 
 __all__ = [
     "adaptive_kl_coef", "bradley_terry_loss", "check_limit", "clamp_log_lambda", "clipped_value_loss", "cost_loss",
-    "discounted_returns", "entropy", "gae", "kl_k1", "kl_k2", "kl_k3", "kl_shaped_rewards",
-    "kl_shaped_rewards_and_costs", "mixed_advantages", "moving_average", "multiplier_loss", "ppo_clip_loss",
-    "rao_kupper_loss", "reachable_cost", "reinforce_loss", "score_regularization", "soft_bradley_terry_loss",
-    "tempered_policy", "whiten",
+    "discounted_returns", "entropy", "exploitability", "gae", "hedge_update", "kl_k1", "kl_k2", "kl_k3",
+    "kl_shaped_rewards", "kl_shaped_rewards_and_costs", "mixed_advantages", "moving_average", "multiplier_loss",
+    "ppo_clip_loss", "rao_kupper_loss", "reachable_cost", "reinforce_loss", "score_regularization",
+    "self_play_rewards", "soft_bradley_terry_loss", "tempered_policy", "whiten",
 ]
