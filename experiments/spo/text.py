@@ -7,8 +7,8 @@ Paper     As sample-efficient as a reward model or more on transitive preference
 Command   python experiments/spo/text.py               one seed on a laptop
           python experiments/spo/text.py --seeds 5     verdicts; README.md has those of this repository
 Cost      see README.md.
-Differs   Language models in place of MuJoCo; the queue of rivals is the siblings of an answer; the reward model is never
-          started anew. All arms: one start, one PPO, the same prompts, and as many labels.
+Differs   Language models in place of MuJoCo; the queue of rivals is the siblings of an answer; the reward model is
+          never started anew. All arms: one start, one PPO, the same prompts, and as many labels.
 """
 
 import dataclasses
