@@ -122,6 +122,23 @@ def outcome_statistics(seen: Mapping[str, Mapping[str, float]]) -> dict[str, flo
     }
 
 
+def dominance(points: Mapping, arm, rivals) -> float:
+    """How far the best of `rivals` beats `arm` in both respects at once: positive if any does, else not.
+
+    points: `{name: (helpfulness, harm)}`. The margin of a rival is the smaller of what it helps more and harms less.
+    """
+    return max(min(points[r][0] - points[arm][0], points[arm][1] - points[r][1]) for r in rivals)
+
+
+def best_weight(points: Mapping[float, tuple[float, float]]) -> float:
+    """The fixed weight nu that one would choose: the most helpful that meets the limit; if none does, the nearest.
+
+    points: `{weight: (helpfulness, excess over the limit in sd)}`; an excess of up to 0.1 counts as met.
+    """
+    met = {weight: helpful for weight, (helpful, excess) in points.items() if excess <= 0.1}
+    return max(met, key=met.get) if met else min(points, key=lambda weight: points[weight][1])
+
+
 CURVES = {
     "score": "reward (sd of SFT)",
     "gold_helpfulness_allowed": "gold helpfulness r*, where allowed",

@@ -121,6 +121,21 @@ def lines(x, curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *,
     return figure
 
 
+def frontier(points: Mapping[object, tuple[float, float]], xlabel: str, ylabel: str) -> Figure:
+    """Policies as named points, `{name: (y, x)}`: harm across, helpfulness up; numbers (fixed weights) are joined."""
+    figure = Figure((5.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    joined = sorted(name for name in points if isinstance(name, float))
+    axis.plot([points[name][1] for name in joined], [points[name][0] for name in joined], color=GIVEN, lw=1.2)
+    for name, (y, x) in points.items():
+        color = INK if isinstance(name, float) else REWARD
+        axis.plot(x, y, "o", color=color, ms=5)
+        axis.annotate(f"{name:g}" if isinstance(name, float) else name, (x, y), (5, 4), textcoords="offset points",
+                      fontsize=9, color=color)  # fmt: skip
+    _finish(axis, ylabel, xlabel)
+    return figure
+
+
 def reliability_figure(models: Mapping[str, Reliability], xlabel: str = "predicted probability") -> Figure:
     """Observed against predicted frequency, one curve per model; the area of a point is its number of labels."""
     figure = Figure((4.4, 4.3), layout="constrained")

@@ -119,3 +119,16 @@ def make_cost(model: Model):
     """
     raw = score(model)
     return lambda fitted, tokens, mask: jax.nn.sigmoid(raw(fitted.params, tokens, mask)) / fitted.scale
+
+
+def make_shaped(model: Model):
+    """`reward - weight x cost`: reward shaping, a constraint's rival with a fixed weight (Safe RLHF: R - nu C).
+
+    fitted: `{"reward": ScoreModel, "cost": ScoreModel, "weight": float}`. The models have one shape.
+    """
+    reward, cost = make_reward(model), make_cost(model)
+
+    def shaped(fitted, tokens, mask):
+        return reward(fitted["reward"], tokens, mask) - fitted["weight"] * cost(fitted["cost"], tokens, mask)
+
+    return shaped
