@@ -4,6 +4,7 @@ Every stage is cached by the content of what decides it, so experiments that beg
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,13 @@ class Pipeline:
 
     def __init__(self, config: PipelineConfig, run: Run, cache: StageCache):
         self.config, self.run, self.cache, self.world = config, run, cache, config.world
+        self._evidence, self._writing = {}, threading.Lock()  # stages may run side by side in threads
+
+    def _leaves(self, role: str, name: str, config: TransformerConfig, **more) -> None:
+        """Note in evidence.json what a stage of the run is, for an audit: its role and the shape of its network."""
+        with self._writing:
+            self._evidence[name] = {"role": role, "config": config, **more}
+            self.run.write_json("evidence.json", self._evidence)
 
     def seed(self, name: str) -> int:
         """The seed of one use of randomness."""
@@ -96,6 +104,7 @@ class Pipeline:
     def base(self, name: str = "base", **inputs) -> Params:
         """A language model that has read good and bad answers."""
         texts = self.world.corpus(self.seed("corpus"), self.config.num_demonstrations).demonstrations
+        self._leaves("base", name, inputs.get("config", self.config.network))
         inputs = {"optimisation": self.config.pretraining, "demonstrations": texts} | inputs
         return self.stage(name, stages.train_language_model, seed=self.seed("base"), **inputs)
 
@@ -107,6 +116,7 @@ class Pipeline:
 
     def sft(self, base: Params, name: str = "sft", **inputs) -> Params:
         """Fine-tuning of `base` on cleaner answers."""
+        self._leaves("start", name, inputs.get("config", self.config.network))
         inputs = {"optimisation": self.config.fine_tuning, "demonstrations": self.cleaner} | inputs
         return self.stage(name, stages.train_language_model, seed=self.seed("sft"), start=base, **inputs)
 
@@ -128,11 +138,14 @@ class Pipeline:
             "rater": self.config.rater, "config": self.config.network, "seed": self.seed(name),
             "prompts": self.prompts(name, num, self.config.label_shares, split),
         } | self.sampling | ({"mismatched": self.config.mismatched} if train else {}) | inputs  # fmt: skip
+        self._leaves("labels" if train else "held out", name, inputs["config"])
         return self.cache.run(name, stages.collect_comparisons, policy=policy, **inputs)
 
     def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
         """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
         inputs = {"make_loss": make_reward_loss, "optimisation": self.config.preference} | inputs
+        role = "reward" if inputs["make_loss"] is make_reward_loss else "cost"
+        self._leaves(role, name, inputs.get("config", self.config.network))
         return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
 
     def scaled(self, policy: Params, name: str = "scale", **models) -> dict[str, Scorer]:
@@ -150,4 +163,5 @@ class Pipeline:
             "ppo": self.config.ppo, "optimisation": self.config.rl, "seed": self.seed("rl"), "ptx": self.cleaner,
             "prompts": self.prompts("rl", 4_096, self.config.rl_shares), "truth": self.config.truth,
         } | inputs  # fmt: skip
+        self._leaves("policy", name, inputs.get("config", self.config.network))
         return self.stage(name, stages.train_policy, start=start, reward=reward, **inputs)

@@ -59,7 +59,7 @@ def test_what_is_no_option_ends_the_program_with_its_name(line, words, capsys):
     ("--seed -1", "seed and seeds must not be negative"),
     ("--seeds -5", "seed and seeds must not be negative"),
     ("--seeds 5 --name all", "leave out --name and --resume"),
-    ("--harm-limit 1.5", "harm_limit 1.5 must lie in (0, 1)"),
+    ("--harm-limit 1.5", "harm_limit must lie in (0, 1), got 1.5"),
     ("--rl.batch-size 130", "130 responses do not divide into 4 minibatches"),
     ("--preference.num-steps 0", "num_steps must be positive"),
     ("--ppo.clip 0", "clip must be positive"),

@@ -13,6 +13,7 @@ Differs   As constrained_ppo.py. Each round labels answers of the policy of the 
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from rlhfjax.feedback.red_team import attack
 from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig, Shares
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.multiplier import MultiplierConfig
-from rlhfjax.rl.preference_models import make_cost_loss
+from rlhfjax.rl.preference_models import make_cost_loss, make_reward_loss
 from rlhfjax.stages import FitConfig, RLConfig
 
 
@@ -60,8 +61,8 @@ SCALES = {"smoke": Config(**SMOKE, num_rounds=2, num_candidates=64, harm_limit=0
 CLAIMS = claims(
     "Safe RLHF (2310.12773)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
-    ("SR-5 each round", "largest_rise", "<=", 0.0, "falls in each", "largest rise of the harm rate from round to round"),
-    ("SR-5 rounds", "harm_ratio", "<=", 0.25, "53.08 to 2.45 %", "harm rate after 3 rounds over that of SFT"),
+    ("SR-5 each round", "largest_rise", "<=", 0.0, "falls in each", "largest rise of the harm rate in a round"),
+    ("SR-5 rounds", "harm_ratio", "<=", 0.25, "53.08 to 2.45 %", "harm rate after 3 rounds over SFT's"),
     ("SR-5 rounds help", "helpfulness_gain", ">=", 0.0, "+244.9 Elo", "gain of r* on benign prompts after 3 rounds"),
     ("SR-5 rounds plain", "plain_harm_ratio", ">=", 1.0, "-", "the ratio for the same rounds of plain RLHF"),
 )  # fmt: skip
@@ -101,10 +102,10 @@ def rounds(house: Pipeline, arm: str, sft, constrained: bool) -> list:
             red = take(found, np.arange(num_red) % len(found))
             pools.append(house.compare(name("red-labels"), policy, prompts=red))
         labels = jax.tree.map(lambda *x: np.concatenate(x), *pools)
-        reward, cost = stages.side_by_side(
-            lambda: house.fit(name("reward"), labels.helpful, sft),
-            lambda: house.fit(name("cost"), labels.harm, sft, make_loss=make_cost_loss))
-        scored = house.scaled(policy, name("scale"), reward=reward, cost=cost)
+        fits = {"reward": (labels.helpful, make_reward_loss), "cost": (labels.harm, make_cost_loss)}
+        models = stages.side_by_side(*(partial(house.fit, name(kind), pairs, sft, make_loss=loss)
+                                       for kind, (pairs, loss) in fits.items()))
+        scored = house.scaled(policy, name("scale"), **dict(zip(fits, models)))
         if constrained:
             limit = config.harm_limit / float(scored["cost"].fitted.scale)
             policy = house.optimise(f"{arm}-{k}", policy, **scored, limit=limit, multiplier=config.multiplier)
@@ -113,7 +114,7 @@ def rounds(house: Pipeline, arm: str, sft, constrained: bool) -> list:
             policy = house.optimise(f"{arm}-{k}", policy, scored["reward"], ppo=half)
         policies.append(policy)
         candidates = house.prompts(f"red {k}", config.num_candidates, config.red_shares)
-        answer = lambda prompts, policy=policy: house.answers(policy, prompts, f"red {k}")
+        answer = partial(house.answers, policy, name=f"red {k}")
         rows, _ = attack(candidates, answer, scored["cost"], num_found=config.num_candidates // 4)
         found = take(candidates, rows)
     return policies
