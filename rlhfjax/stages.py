@@ -32,13 +32,12 @@ from rlhfjax.models.transformer import (
     make_language_model,
     make_scalar_model,
     scalar_params_from,
-    score,
 )
 from rlhfjax.parallel import mesh
 from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
-from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, pair_scores
+from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_score, pair_scores
 from rlhfjax.rl.sampling import make_sampler
 from rlhfjax.rl.self_play import make_iterated_reward, make_self_play
 from rlhfjax.rl.sft import make_next_token_loss
@@ -51,7 +50,6 @@ from rlhfjax.types import (
     check_finite,
     check_mask,
     check_shapes,
-    sequences,
 )
 from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import Prompts
@@ -276,10 +274,10 @@ def _sampler(truth: str, config: TransformerConfig, temperature: float):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A fitted network that says one number of every response: `make(model(config))(fitted, tokens, mask) -> [B]`.
+    """A fitted network that says one number of every response: `make(model(config))(fitted, rollout) -> [B]`.
 
-    make: `rl.preference_models.make_reward` with a ScoreModel as `fitted`, say, or `models.transformer.score` with bare
-    parameters. config: of the scoring network, which need not be the policy's.
+    make: `rl.preference_models.make_reward` with a ScoreModel as `fitted`, say, or `make_score` with bare parameters.
+    config: of the scoring network, which need not be the policy's.
     """
 
     make: Callable
@@ -304,13 +302,13 @@ class Scorer:
     @property
     def raw(self) -> "Scorer":
         """The scores of a ScoreModel as it was fitted, unscaled."""
-        return dataclasses.replace(self, make=score, fitted=self.fitted.params)
+        return dataclasses.replace(self, make=make_score, fitted=self.fitted.params)
 
 
 @functools.cache
 def _scorer(make: Callable, model: Callable, config: TransformerConfig):
     scorer = make(model(config))
-    return jax.jit(lambda fitted, rollout: mesh.constrain(scorer(fitted, *sequences(rollout)), None))
+    return jax.jit(lambda fitted, rollout: mesh.constrain(scorer(fitted, rollout), None))
 
 
 @functools.cache
@@ -361,7 +359,7 @@ def scale_scores(
     start = sample_responses(
         truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
     )
-    raw = lambda shape, fitted: Scorer(make=score, config=shape, fitted=fitted)(start)
+    raw = lambda shape, fitted: Scorer(make=make_score, config=shape, fitted=fitted)(start)
     return {name: in_units_of_start(name, model[1], raw(*model)) for name, model in models.items()}
 
 

@@ -22,10 +22,11 @@ from rlhfjax.rl.preference_models import (
     make_cost_loss,
     make_reward,
     make_reward_loss,
+    make_shaped,
     pair_scores,
 )
 from rlhfjax.rl.sft import make_next_token_loss, next_token_nll
-from rlhfjax.types import Demonstrations, PreferenceBatch, TrainState
+from rlhfjax.types import Demonstrations, PreferenceBatch, Rollout, TrainState
 
 VOCAB, PAD, BOS, EOS = 11, 0, 1, 2
 CONFIG = TransformerConfig(vocab_size=VOCAB, d_model=16, num_layers=2, num_heads=2, d_ff=16, tie_embeddings=True)
@@ -263,13 +264,21 @@ def test_the_reward_loss_needs_no_signs():
     make_reward_loss(reading_model(scalar=True))(SCORES, unsigned)
 
 
+def spoken(tokens) -> Rollout:
+    """Responses to one prompt without words."""
+    nothing = np.zeros((len(tokens), 1), np.int32)
+    return Rollout(prompts=nothing, prompt_mask=nothing > 0, tokens=tokens, mask=tokens > 0, finished=tokens[:, 0] > 0,
+                   logprobs=np.zeros(tokens.shape, np.float32))  # fmt: skip
+
+
 def test_scores_in_units_of_the_starting_policy():
     model, tokens = reading_model(scalar=True), np.arange(3, 9)[:, None]
     raw = np.array([2.0, -1.0, 0.5, 1.5, -2.0, 3.0])
     rows = (tokens, np.ones((6, 1), bool))  # a response alone is a sequence too
     scores = score(model)(SCORES, *rows)
     reward_model, cost_model = (in_units_of_start(name, SCORES, scores) for name in ("reward", "cost"))
-    rewards, costs = make_reward(model)(reward_model, *rows), make_cost(model)(cost_model, *rows)
+    rewards, costs = (make(model)(fitted, spoken(tokens)) for make, fitted in (
+        (make_reward, reward_model), (make_cost, cost_model)))  # fmt: skip
     np.testing.assert_allclose(rewards, (raw - raw.mean()) / raw.std(), rtol=1e-6)
     assert [float(jnp.mean(rewards)), float(jnp.std(rewards))] == pytest.approx([0, 1], abs=1e-6)
     probability = 1 / (1 + np.exp(-raw))
@@ -282,16 +291,24 @@ def test_the_boundary_of_harm_is_moved_by_no_unit():
     model, fitted = reading_model(scalar=True), jnp.array([0, 0, 0, 0.0, 2.0, 2.5, 3.0, 0, 0, 0, 0])
     cost_model = in_units_of_start("cost", fitted, fitted[4:7])
     assert float(cost_model.shift) == 0
-    cost = make_cost(model)(cost_model, np.array([[3]]), np.ones((1, 1), bool))
+    cost = make_cost(model)(cost_model, spoken(np.array([[3]])))
     assert float(cost[0] * cost_model.scale) == pytest.approx(0.5)
-    harmful = make_cost(model)(cost_model, np.array([[4]]), np.ones((1, 1), bool))
+    harmful = make_cost(model)(cost_model, spoken(np.array([[4]])))
     assert float(harmful[0]) > float(cost[0])
 
 
 def test_shift_and_scale_are_applied_as_documented():
-    tokens, mask = np.array([[3], [4]]), np.ones((2, 1), bool)
+    rollout = spoken(np.array([[3], [4]]))
     fitted = ScoreModel(params=SCORES, shift=jnp.float32(1.0), scale=jnp.float32(0.5))
-    np.testing.assert_allclose(make_reward(reading_model(scalar=True))(fitted, tokens, mask), [2.0, -4.0])
+    np.testing.assert_allclose(make_reward(reading_model(scalar=True))(fitted, rollout), [2.0, -4.0])
+
+
+def test_a_shaped_reward_is_the_reward_minus_its_weight_in_cost():
+    model, rollout, one = reading_model(scalar=True), spoken(np.array([[3], [4]])), jnp.float32(1.0)
+    fitted = ScoreModel(params=SCORES, shift=0 * one, scale=one)
+    shaped = make_shaped(model)({"reward": fitted, "cost": fitted, "weight": 0.5 * one}, rollout)
+    raw = np.array([2.0, -1.0])
+    np.testing.assert_allclose(shaped, raw - 0.5 / (1 + np.exp(-raw)), rtol=1e-6)
 
 
 HARMFUL_WORD = 7

@@ -22,7 +22,7 @@ from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import PPOConfig, make_lagrangian_ppo
 from rlhfjax.rl.preference_models import ScoreModel, make_cost, make_reward
 from rlhfjax.rl.sampling import make_sampler
-from rlhfjax.types import Demonstrations, TrainState, sequences
+from rlhfjax.types import Demonstrations, TrainState
 
 NETWORK = TransformerConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, d_ff=64)
 MESHES = [dict(data=8), dict(fsdp=8), dict(tensor=8), dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2),
@@ -52,7 +52,7 @@ def iterations(config: MeshConfig | None, scan: bool = False):
         params = place(policy, jax.tree.map(np.asarray, policy.init(jax.random.key(0))))
         judges = [place(scalar, ScoreModel(params=jax.tree.map(np.asarray, scalar.init(jax.random.key(k))),
                                            shift=np.float32(0), scale=np.float32(1))) for k in (1, 2)]  # fmt: skip
-        score = lambda fn: jax.jit(lambda params, rollout: mesh.constrain(fn(params, *sequences(rollout)), None))
+        score = lambda fn: jax.jit(lambda params, rollout: mesh.constrain(fn(params, rollout), None))
         scorers = [score(make(scalar)) for make in (make_reward, make_cost)]
         state = stages.run_rl(
             algorithm=algorithm, params=(params, *(judge.params for judge in judges)), ref_params=params,

@@ -7,7 +7,7 @@ import numpy as np
 from rlhfjax import losses
 from rlhfjax.masked import masked_mean
 from rlhfjax.models.transformer import Model, score
-from rlhfjax.types import Params, PreferenceBatch, check_mask, check_shapes, join, pytree
+from rlhfjax.types import Params, PreferenceBatch, check_mask, check_shapes, join, pytree, sequences
 
 
 def check_pairs(batch: PreferenceBatch) -> None:
@@ -104,21 +104,27 @@ def in_units_of_start(name: str, params: Params, scores) -> ScoreModel:
     return ScoreModel(params=params, shift=shift, scale=spread)
 
 
-def make_reward(model: Model):
-    """`reward(score_model, tokens, mask) -> [B]`: `(score - shift) / scale`. Preferences leave both free."""
+def make_score(model: Model):
+    """`score(params, rollout) -> [B]`: what a preference model says of responses, as it was fitted."""
     raw = score(model)
-    return lambda fitted, tokens, mask: (raw(fitted.params, tokens, mask) - fitted.shift) / fitted.scale
+    return lambda params, rollout: raw(params, *sequences(rollout))
+
+
+def make_reward(model: Model):
+    """`reward(score_model, rollout) -> [B]`: `(score - shift) / scale`. Preferences leave both free."""
+    raw = make_score(model)
+    return lambda fitted, rollout: (raw(fitted.params, rollout) - fitted.shift) / fitted.scale
 
 
 def make_cost(model: Model):
-    """`cost(score_model, tokens, mask) -> [B]`: `P(harmful) / scale` with `P(harmful) = sigmoid(C)`, in [0, 1 / scale].
+    """`cost(score_model, rollout) -> [B]`: `P(harmful) / scale` with `P(harmful) = sigmoid(C)`, in [0, 1 / scale].
 
     The sign terms of the cost loss are a logistic regression of harm, so the sigmoid of C is a probability and a limit
     on the mean cost is a limit on a *rate* of harm. Safe RLHF constrains the mean of C itself, where very safe answers
     pay for harmful ones: two refusals at C = -5 allow an answer at C = +10.
     """
-    raw = score(model)
-    return lambda fitted, tokens, mask: jax.nn.sigmoid(raw(fitted.params, tokens, mask)) / fitted.scale
+    raw = make_score(model)
+    return lambda fitted, rollout: jax.nn.sigmoid(raw(fitted.params, rollout)) / fitted.scale
 
 
 def make_shaped(model: Model):
@@ -127,8 +133,4 @@ def make_shaped(model: Model):
     fitted: `{"reward": ScoreModel, "cost": ScoreModel, "weight": float}`. The models have one shape.
     """
     reward, cost = make_reward(model), make_cost(model)
-
-    def shaped(fitted, tokens, mask):
-        return reward(fitted["reward"], tokens, mask) - fitted["weight"] * cost(fitted["cost"], tokens, mask)
-
-    return shaped
+    return lambda fitted, rollout: reward(fitted["reward"], rollout) - fitted["weight"] * cost(fitted["cost"], rollout)
