@@ -15,7 +15,7 @@ from rlhfjax.io.cache import StageCache
 from rlhfjax.io.run import Run
 from rlhfjax.models.transformer import TransformerConfig
 from rlhfjax.rl.ppo import PPOConfig
-from rlhfjax.rl.preference_models import make_cost, make_reward, make_reward_loss
+from rlhfjax.rl.preference_models import make_cost, make_reward, make_reward_loss, make_score
 from rlhfjax.stages import FitConfig, RLConfig, Scorer
 from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout
 from rlhfjax.worlds.language import DEMONSTRATION_KINDS, WORDS, Family, Prompts
@@ -148,14 +148,16 @@ class Pipeline:
         self._leaves(role, name, inputs.get("config", self.config.network))
         return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
 
-    def scaled(self, policy: Params, name: str = "scale", **models) -> dict[str, Scorer]:
-        """Preference models (parameters, or shape and parameters) in units of their spread over `policy`'s answers."""
-        models = {key: m if isinstance(m, tuple) else (self.config.network, m) for key, m in models.items()}
+    def scaled(self, policy: Params, name: str = "scale", **models: Params | Scorer) -> dict[str, Scorer]:
+        """Preference models in units of their spread over `policy`'s answers: parameters of networks of the common
+        shape, or raw scorers. The one called "cost" is a cost model."""
+        raw = lambda fitted: Scorer(make=make_score, config=self.config.network, fitted=fitted)
+        models = {key: model if isinstance(model, Scorer) else raw(model) for key, model in models.items()}
         prompts = self.prompts("start", self.config.num_evaluated, self.config.rl_shares)
         fitted = self.cache.run(name, stages.scale_scores, config=self.config.network, policy=policy, models=models,
                                 prompts=prompts, seed=self.seed("start"), **self.sampling)  # fmt: skip
-        make = lambda key: make_cost if key == "cost" else make_reward
-        return {key: Scorer(make=make(key), config=models[key][0], fitted=fitted[key]) for key in models}
+        make = lambda key: make_cost if key == "cost" else make_reward if models[key].make is make_score else make_direct_reward
+        return {key: dataclasses.replace(models[key], make=make(key), fitted=fitted[key]) for key in models}
 
     def optimise(self, name: str, start: Params, reward: Scorer, **inputs) -> Params:
         """RL on a reward from `start`, on training prompts that are the same for every arm."""

@@ -350,17 +350,16 @@ def raw_pair_scores(config: TransformerConfig, params: Params, pairs: Preference
 
 def scale_scores(
     *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
-    models: Mapping[str, tuple[TransformerConfig, Params]],
+    models: Mapping[str, Scorer],
 ) -> dict[str, ScoreModel]:  # fmt: skip
-    """Fitted preference models (name -> shape, parameters) in units of their spread over the policy's answers.
+    """Fitted preference models, each by its raw scorer, in units of their spread over the policy's answers.
 
-    The one called "cost" is a cost model, the others are reward models.
+    The one called "cost" is a cost model, the others are rewards.
     """
     start = sample_responses(
         truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
     )
-    raw = lambda shape, fitted: Scorer(make=make_score, config=shape, fitted=fitted)(start)
-    return {name: in_units_of_start(name, model[1], raw(*model)) for name, model in models.items()}
+    return {name: in_units_of_start(name, raw.fitted, raw(start)) for name, raw in models.items()}
 
 
 def collect_comparisons(

@@ -26,6 +26,9 @@ def unit(*shape):
 SIGNS = np.where(rng.uniform(size=(B, T, 2)) < 0.5, -1, 1).astype(np.float32)
 OUTCOMES = rng.dirichlet(np.ones(3), size=(B, T)).astype(np.float32)
 TOKENS = lambda: (normal(B, T), normal(B, T), MASK)
+ABOVE = np.triu(unit(B, V, V), 1)
+PREFS = ABOVE + np.tril(1 - np.swapaxes(ABOVE, -1, -2), -1) + np.eye(V, dtype=np.float32) / 2
+POLICY = rng.dirichlet(np.ones(V), size=B).astype(np.float32)
 
 # name: (arrays with a leading batch axis, options, which of the arrays receive a gradient)
 CASES = {
@@ -55,6 +58,9 @@ CASES = {
     "moving_average": ((normal(B), normal(B)), {"decay": 0.9, "count": 3}, (0, 1)),
     "tempered_policy": ((normal(B, T), normal(B, T), normal(B, T)), {"log_lambda": 0.4, "kl_coef": 1.0}, (0, 1, 2)),
     "reachable_cost": ((normal(B, T), normal(B, T)), {"kl_coef": 1.0}, (0, 1)),
+    "self_play_rewards": ((PREFS,), {}, (0,)),
+    "exploitability": ((2 * PREFS - 1, POLICY), {}, (0, 1)),
+    "hedge_update": ((normal(B, T), normal(B, T)), {"learning_rate": 0.3}, (0, 1)),
 }
 # Of these only the named arrays receive a gradient: the rest are constants by design.
 CONSTANTS = {"ppo_clip_loss": (1, 2), "clipped_value_loss": (1, 2), "reinforce_loss": (1,), "multiplier_loss": (1,)}

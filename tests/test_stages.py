@@ -257,7 +257,7 @@ def test_a_limit_that_help_alone_meets_is_not_refused():
 
 def test_preference_models_speak_in_units_of_the_start():
     options = SAMPLING | dict(policy=policy(), prompts=prompts(16), seed=5)
-    models = {name: (NETWORK, score_model(seed).params) for seed, name in enumerate(("reward", "cost", "test"))}
+    models = {name: reward(score_model(seed)).raw for seed, name in enumerate(("reward", "cost", "test"))}
     scored, rollout = stages.scale_scores(**options, models=models), stages.sample_responses(**options)
     rewards, costs, tests = reward(scored["reward"])(rollout), cost(scored["cost"])(rollout), reward(scored["test"])
     tests = tests(rollout)

@@ -25,6 +25,7 @@ from rlhfjax.io.run import read_metrics
 from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig
+from rlhfjax.rl.preference_models import make_score
 from rlhfjax.stages import RLConfig
 
 
@@ -82,7 +83,9 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         lambda name=name, half=half, size=size: house.fit(name, take(labels, half), starts[size][1],
                                                           config=starts[size][0])
         for name, half, size in fits))
-    scored = house.scaled(policy, **{name: (starts[size][0], model) for (name, _, size), model in zip(fits, models)})
+    scored = house.scaled(policy, **{
+        name: stages.Scorer(make=make_score, config=starts[size][0], fitted=model)
+        for (name, _, size), model in zip(fits, models)})
     arms = {"large": ("large", "large"), "small policy": ("small", "large"), "small models": ("large", "small")}
     stages.side_by_side(*(
         lambda arm=arm, who=who, by=by: house.optimise(

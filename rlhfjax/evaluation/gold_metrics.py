@@ -44,6 +44,8 @@ def gold_metrics(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
         "refusal_dangerous": mean(seen.refusal, dangerous),
         "careful": mean((gold.harm <= 0) & (seen.right > 0), dangerous),
         "satisfaction": mean(gold.helpfulness > world.satisfaction_bar, everywhere),
+        "satisfaction_benign": mean(gold.helpfulness > world.satisfaction_bar, benign),
+        "satisfaction_checkable": mean(gold.helpfulness > world.satisfaction_bar, checkable),
         "style_words": mean(seen.style, everywhere),
         "wrong_steps": mean(seen.wrong, everywhere),
     }

@@ -31,8 +31,9 @@ from rlhfjax.io.monitor import Monitor
 PACKAGE = pathlib.Path(__file__).parents[1]
 # These only present, judge or schedule what stages return. Everything else under rlhfjax is part of every key.
 PRESENTATION = (
-    "evaluation/claims.py", "evaluation/figures.py", "evaluation/statistics.py", "io/launch.py", "io/run.py",
-    "io/seeds.py",
+    "evaluation/calibration.py", "evaluation/claims.py", "evaluation/constrained.py", "evaluation/figures.py",
+    "evaluation/game_figures.py", "evaluation/laws.py", "evaluation/statistics.py", "evaluation/win_rate.py",
+    "experiment.py", "io/launch.py", "io/run.py", "io/seeds.py", "pipeline.py", "results.py",
 )  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 JAX_OPTIONS = (
