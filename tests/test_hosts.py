@@ -140,8 +140,8 @@ def assert_same(one: pathlib.Path, other: pathlib.Path) -> None:
         assert fingerprints(one, arm) == fingerprints(other, arm)
 
 
-def assert_close(one: dict, other: dict, tolerance: float = 1e-3) -> None:
-    """Relative, and absolute for what is close to 0."""
+def assert_close(one: dict, other: dict, tolerance: float = 5e-3) -> None:
+    """Relative, and absolute for what is close to 0; rounding may turn one of the 800 pairs of an accuracy."""
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
@@ -217,7 +217,7 @@ def test_two_processes_compute_what_one_with_all_their_devices_does(finished):
     for stage, step in one:
         # Rounding moves them by 1e-5 at most. It could also turn one sampled token into another, which happened nowhere
         # here; but every iteration of RL is a new chance, and what follows would be changed by it.
-        assert_close(one[stage, step], two[stage, step], 1e-3 if stage in FITS or step == 1 else 0.05)
+        assert_close(one[stage, step], two[stage, step], 5e-3 if stage in FITS or step == 1 else 0.05)
     assert_close(*(statistics(job.run) for job in finished.values()), 0.05)
 
 
