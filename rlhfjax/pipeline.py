@@ -10,13 +10,20 @@ from typing import Any
 
 from rlhfjax import stages
 from rlhfjax.experiment import ExperimentConfig, stream
+from rlhfjax.feedback.judge import (
+    JUDGE_WORDS,
+    JudgingData,
+    make_direct_reward,
+    make_direct_score,
+    put_preferred_first,
+)
 from rlhfjax.feedback.raters import Comparisons, Rater
 from rlhfjax.io.cache import StageCache
 from rlhfjax.io.run import Run
-from rlhfjax.models.transformer import TransformerConfig
+from rlhfjax.models.transformer import TransformerConfig, make_language_model
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost, make_reward, make_reward_loss, make_score
-from rlhfjax.stages import FitConfig, RLConfig, Scorer
+from rlhfjax.stages import FitConfig, RLConfig, Scorer, judging
 from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout
 from rlhfjax.worlds.language import DEMONSTRATION_KINDS, WORDS, Family, Prompts
 
@@ -68,6 +75,27 @@ class PipelineConfig(ExperimentConfig):
 SMOKE: dict[str, Any] = dict(
     scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, rl=RLConfig(num_iterations=5),
     **dict.fromkeys(("pretraining", "fine_tuning", "preference"), FitConfig(num_steps=50)))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """How an AI labeller is taught: on people's comparisons and ratings of one policy's answers."""
+
+    width: int = 96
+    """Of its network, which is else the common one."""
+    num_pairs: int = 12_000
+    """Pairs that people compare and rate."""
+    first_share: float = 0.65
+    """Share of them in which the preferred answer stands first."""
+    optimisation: FitConfig = FitConfig(num_steps=3_000, learning_rate=0.02)
+    """From scratch; the rate is divided by the square root of the width."""
+
+    def network(self, common: TransformerConfig) -> TransformerConfig:
+        size = dict(d_model=self.width, d_ff=self.width * common.d_ff // common.d_model)
+        return dataclasses.replace(common, vocab_size=len(JUDGE_WORDS), **size)
+
+
+SCALED = {make_score: make_reward, make_direct_score: make_direct_reward}  # in units of the starting policy's spread
 
 
 class Pipeline:
@@ -148,6 +176,23 @@ class Pipeline:
         self._leaves(role, name, inputs.get("config", self.config.network))
         return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
 
+    def lessons(self, policy: Params, judge: JudgeConfig) -> JudgingData:
+        """People's comparisons and ratings of `policy`'s answers, for judges."""
+        return self.cache.run(
+            "judged", judging.collect_judging_data, rater=self.config.rater, policy=policy, config=self.config.network,
+            prompts=self.prompts("judged", judge.num_pairs, self.config.label_shares), seed=self.seed("judged"),
+            mismatched=self.config.mismatched, **self.sampling)  # fmt: skip
+
+    def judge(self, name: str, policy: Params, judge: JudgeConfig) -> Scorer:
+        """An AI labeller taught on labels of `policy`'s answers, as the raw scorer that direct RLAIF asks."""
+        data = put_preferred_first(self.lessons(policy, judge), judge.first_share, self.seed("order"))
+        network, rate = judge.network(self.config.network), judge.optimisation.learning_rate * judge.width**-0.5
+        self._leaves("judge", name, network)
+        optimisation = dataclasses.replace(judge.optimisation, learning_rate=rate)
+        fitted = self.stage(name, judging.train_judge, config=network, data=data, optimisation=optimisation,
+                            seed=self.seed(f"judge {judge.width}"))  # fmt: skip
+        return Scorer(make=make_direct_score, model=make_language_model, config=network, fitted=fitted)
+
     def scaled(self, policy: Params, name: str = "scale", **models: Params | Scorer) -> dict[str, Scorer]:
         """Preference models in units of their spread over `policy`'s answers: parameters of networks of the common
         shape, or raw scorers. The one called "cost" is a cost model."""
@@ -156,7 +201,7 @@ class Pipeline:
         prompts = self.prompts("start", self.config.num_evaluated, self.config.rl_shares)
         fitted = self.cache.run(name, stages.scale_scores, config=self.config.network, policy=policy, models=models,
                                 prompts=prompts, seed=self.seed("start"), **self.sampling)  # fmt: skip
-        make = lambda key: make_cost if key == "cost" else make_reward if models[key].make is make_score else make_direct_reward
+        make = lambda key: make_cost if key == "cost" else SCALED[models[key].make]
         return {key: dataclasses.replace(models[key], make=make(key), fitted=fitted[key]) for key in models}
 
     def optimise(self, name: str, start: Params, reward: Scorer, **inputs) -> Params:

@@ -2,10 +2,7 @@
 
 import functools
 import importlib
-import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -13,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.evaluation.claims import read_claims
 from rlhfjax.evaluation.game_figures import gain_statistics, sector_paths
 from rlhfjax.evaluation.statistics import verdict
 from rlhfjax.io.launch import Preempted
@@ -247,20 +243,3 @@ def test_paths_of_sectors_by_hand():
     latest, average = sector_paths(history)
     close(latest, [[0, 1], [1, 0], [0, 1]])
     close(average, [[0, 1], [0.5, 0.5], [1 / 3, 2 / 3]])
-
-
-# The experiment by its own command
-
-
-def test_the_experiment_runs_at_smoke_scale(tmp_path):
-    file = pathlib.Path(paper.__file__)
-    options = ["--scale", "smoke", "--runs", tmp_path, "--cache", tmp_path / "cache", "--name", "smoke"]
-    done = subprocess.run([sys.executable, file, *options], cwd=tmp_path, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = tmp_path / "smoke"
-    rows, statistics = read_claims(run / "claims.json"), json.loads((run / "statistics.json").read_text())
-    assert [row["id"] for row in rows] == [claim.id for claim in paper.CLAIMS]
-    assert all(row["per_seed"] == [statistics[row["statistic"]]] and row["world"] == "point_mass-1.0" for row in rows)
-    assert statistics["queries"] == statistics["reward_model_queries"] > 0
-    assert {path.name for path in (run / "figures").iterdir()} == {"returns.png", "sectors.png"}

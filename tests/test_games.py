@@ -2,10 +2,7 @@
 
 import functools
 import importlib
-import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -13,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.evaluation.claims import read_claims
 from rlhfjax.evaluation.statistics import verdict
 from rlhfjax.losses import exploitability, hedge_update, self_play_rewards
 from rlhfjax.worlds import games
@@ -247,20 +243,3 @@ def test_a_planted_fault_turns_the_claim_on_the_rate():
     curve = lambda played: games.exploitability_curves(CYCLE[None], played)["average"]
     stopped = play(learning_rate=0.0)
     assert claim("SP-6", [games.decay_exponent(stopped["round"], curve(stopped), 100)] * 3) == "contradicted"
-
-
-# The experiment by its own command
-
-
-def test_the_experiment_runs_at_smoke_scale(tmp_path):
-    file = pathlib.Path(paper.__file__)
-    options = ["--scale", "smoke", "--runs", tmp_path, "--cache", tmp_path / "cache", "--name", "smoke"]
-    done = subprocess.run([sys.executable, file, *options], cwd=tmp_path, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = tmp_path / "smoke"
-    rows, statistics = read_claims(run / "claims.json"), json.loads((run / "statistics.json").read_text())
-    assert [row["id"] for row in rows] == [c.id for c in paper.CLAIMS]
-    assert all(row["per_seed"] == [statistics[row["statistic"]]] and row["world"] == "matrix_games-1.0" for row in rows)
-    assert {path.name for path in (run / "figures").iterdir()} == {"simplex.png", "exploitability.png"}
-    assert "self-play" in {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}

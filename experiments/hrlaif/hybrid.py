@@ -31,7 +31,7 @@ from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig, Share
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost_loss
-from rlhfjax.stages import FitConfig
+from rlhfjax.stages import FitConfig, judging
 from rlhfjax.worlds.behaviour import prompt_facts
 
 
@@ -84,7 +84,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     # 1. The judge labels pairs of SFT's answers, with a taste for style of every dose; the strongest is then checked.
     judge = house.judge("judge", sft, config.judge)
     labels = house.compare("labels", sft)
-    said = cache.run("ai-labels", stages.judge_pairs, config=judge.config, judge=judge.fitted, pairs=labels.helpful)
+    said = cache.run("ai-labels", judging.judge_pairs, config=judge.config, judge=judge.fitted, pairs=labels.helpful)
     plain = dataclasses.replace(labels.helpful, prefs=np.asarray(said.prefs))
     pairs = {f"basic {dose:g}": with_style_bias(world, plain, dose) for dose in config.doses}
     basic = f"basic {strong:g}"

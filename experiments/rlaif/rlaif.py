@@ -29,7 +29,7 @@ from rlhfjax.io.run import read_metrics
 from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig, reinforce
-from rlhfjax.stages import FitConfig, RLConfig
+from rlhfjax.stages import FitConfig, RLConfig, judging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     # 1. People and the judge label the same pairs; the judge learned from other ones.
     judge = house.judge("judge", sft, config.judge)
     people = house.compare("labels", sft).helpful
-    verdicts = cache.run("ai-labels", stages.judge_pairs, config=judge.config, judge=judge.fitted, pairs=people)
+    verdicts = cache.run("ai-labels", judging.judge_pairs, config=judge.config, judge=judge.fitted, pairs=people)
     labels = {"people": people, "ai": dataclasses.replace(people, prefs=np.asarray(verdicts.prefs))}
     # 2. A reward model from either, and the judge's own rating of an answer.
     models = dict(zip(labels, stages.side_by_side(*(

@@ -1,0 +1,47 @@
+"""Every experiment by its own command at smoke scale: it runs through and leaves what it promises."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rlhfjax.results import experiment_files
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Safe RLHF's one round has tests of its own.
+FILES = [file for file in experiment_files(ROOT / "experiments") if file.stem != "constrained_ppo"]
+
+
+def claimed(file: pathlib.Path) -> list[str]:
+    """The ids in the table of claims, read from the source."""
+    (call,) = (node.value for node in ast.parse(file.read_text()).body
+               if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CLAIMS")  # fmt: skip
+    return [ast.literal_eval(row.elts[0]) for row in call.args[1:]]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_an_experiment_runs_by_its_command(file, smoke_run):
+    runs = smoke_run.parent  # one cache: experiments that begin alike share their stages
+    options = ["--scale", "smoke", "--runs", runs, "--cache", runs / "cache", "--name", file.stem]
+    done = subprocess.run([sys.executable, file, *options], capture_output=True, text=True,
+                          env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    run = runs / file.stem
+    judged = json.loads((run / "claims.json").read_text())
+    assert [row["id"] for row in judged] == claimed(file) and len(judged) >= 3
+    assert {row["verdict"] for row in judged} == {"not judged"}
+    assert len(list((run / "figures").glob("*.png"))) >= 1
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert "One seed is not judged" in done.stdout
+
+
+def test_an_experiment_file_is_small_and_says_what_it_is():
+    for file in experiment_files(ROOT / "experiments"):
+        text = file.read_text()
+        assert len(text.splitlines()) <= 150, file
+        for word in ("Claim  ", "Paper  ", "Command  ", "Cost  ", "Differs  "):
+            assert f"\n{word}" in ast.get_docstring(ast.parse(text)), f"{file} lacks {word.strip()}"
