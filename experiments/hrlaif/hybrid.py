@@ -6,8 +6,8 @@ Claim     With labels of a judge that likes style, RL wins more comparisons and 
 Paper     Satisfaction -4.58 points for basic RLAIF, +2.08 for HRLAIF, against the policy before RL (probably 240
           prompts); both raise the win ratio; lower toxicity, a little less helpful (abstract and digest).
 Command   python experiments/hrlaif/hybrid.py               one seed on a laptop
-          python experiments/hrlaif/hybrid.py --seeds 5     verdicts; README.md has those of this repository
-Cost      see README.md.
+          python experiments/hrlaif/hybrid.py --seeds 5     verdicts (none was run yet)
+Cost      not measured yet at --scale cpu.
 Differs   One judge, whose labels get a bias of a given dose; people's win ratio is that of simulated people who like
           style a little, satisfaction is by the world's truth. The AI that flags and rewrites is a cost model and the
           policy's own best of several answers. The hyper-parameters are this repository's.

@@ -193,7 +193,7 @@ def make_rating(model: Model):
 
     def rating(params: Params, prompts, prompt_mask, tokens, mask) -> jax.Array:
         logits, _ = model.apply(params, *_read(prompts, prompt_mask, (tokens, mask)), num_outputs=1)
-        return jax.nn.softmax(logits[:, 0, _SCORES]) @ jnp.arange(1.0, NUM_SCORES + 1)
+        return jnp.sum(jax.nn.softmax(logits[:, 0, _SCORES]) * jnp.arange(1.0, NUM_SCORES + 1), -1)
 
     return rating
 
