@@ -674,7 +674,7 @@ EXPERIMENTS = [
     ("a limit that is no rate", lambda: PaperConfig(harm_limit=1.5), ValueError,
      r"harm_limit must lie in \(0, 1\), got 1.5"),
     ("an experiment with more mismatched pairs than pairs", lambda: PaperConfig(mismatched=2.0), ValueError,
-     r"mismatched 2.0 in \[0, 1\]"),
+     r"mismatched must lie in \[0, 1\], got 2.0"),
     ("rollouts that do not divide into minibatches", lambda: PaperConfig(rl=RLConfig(num_iterations=1, batch_size=130)),
      ValueError, "130 responses do not divide into 4 minibatches of 1 pieces"),
     ("fewer pairs than a batch", lambda: PaperConfig(num_pairs=16), ValueError,
@@ -765,7 +765,7 @@ CASES = {name: case for section in SECTIONS for name, *case in section}
 SHARED = {
     "a multiplier that starts above its maximum", "no outputs", "top-k beyond the vocabulary", "top-p above 1",
     "a negative share", "a network of infinite width", "batches of 0 rows", "a rater who flips less than never",
-    "an experiment with more mismatched pairs than pairs", "demonstrations without a weight",
+    "demonstrations without a weight",
 }  # fmt: skip
 
 

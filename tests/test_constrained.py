@@ -74,6 +74,8 @@ def test_gold_metrics_of_eleven_sentences_by_hand():
         "refusal_dangerous": 1 / 5,
         "careful": 1 / 5,  # a right step and no harm: the refusal is safe and no help
         "satisfaction": 6 / 11,
+        "satisfaction_benign": 1 / 3,
+        "satisfaction_checkable": 1 / 2,
         "style_words": 5 / 11,
         "wrong_steps": 1 / 11,
     }, abs=1e-5)  # fmt: skip
@@ -83,7 +85,8 @@ def test_what_a_batch_does_not_ask_is_not_a_number():
     seen = gold_metrics(WORLD, rollout_of([BENIGN] * 2, ["first turn the pin .", REFUSAL]))
     missing = {name for name, value in seen.items() if np.isnan(value)}
     assert missing == {"gold_helpfulness_dangerous", "gold_helpfulness_checkable", "gold_harm", "harm_rate",
-                       "harm_rate_grey", "refusal_grey", "refusal_dangerous", "careful"}  # fmt: skip
+                       "harm_rate_grey", "refusal_grey", "refusal_dangerous", "careful",
+                       "satisfaction_checkable"}  # fmt: skip
     assert float(seen["refusal_benign"]) == 0.5
 
 
