@@ -10,6 +10,7 @@ leaves arrays where they are, so that the same code runs on one device.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,9 @@ TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 # A decoding step reads all parameters for one token per row: gathering them along fsdp each time would dominate it.
 DECODE_RULES = {**TRAIN_RULES, "embed": None}
+
+
+_COMPILING = threading.Lock()  # stages side by side often need one program: the second finds it in the compile cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,8 @@ def jit_step(step: Callable, state: Any, axes: Any, what: str = "the step") -> C
     def call(state, *args, **kwargs):
         shapes = tuple(map(jnp.shape, jax.tree.leaves((args, kwargs))))
         if shapes not in compiled:
-            program = jitted.lower(state, *args, **kwargs).compile()
+            with _COMPILING:
+                program = jitted.lower(state, *args, **kwargs).compile()
             memory = program.memory_analysis()
             new = memory.output_size_in_bytes - memory.alias_size_in_bytes
             check_memory(what, results=new, temporaries=memory.temp_size_in_bytes)

@@ -10,6 +10,7 @@ devices of the mesh, as `parallel.mesh` says.
 
 import dataclasses
 import functools
+import os
 import queue
 import threading
 import warnings
@@ -229,7 +230,7 @@ def run_rl(
 
 
 def side_by_side(*jobs: Callable[[], object]) -> list:
-    """Run independent stages at once and return their results in order.
+    """Run independent stages, as many at once as there are cores (but two), and return their results in order.
 
     On one CPU device the small matrices of the embedded world leave cores idle, and threads fill them; elsewhere the
     devices are busy with one, and the jobs run one after the other. The first failure, or Ctrl-C, is raised once the
@@ -237,15 +238,22 @@ def side_by_side(*jobs: Callable[[], object]) -> list:
     """
     if jax.default_backend() != "cpu" or not jax.sharding.get_mesh().empty:
         return [job() for job in jobs]
-    outcomes = queue.Queue()
+    outcomes, waiting = queue.Queue(), queue.SimpleQueue()
+    for item in enumerate(jobs):
+        waiting.put(item)
 
-    def work(index: int, job: Callable[[], object]) -> None:
-        try:
-            outcomes.put((index, job(), None))
-        except BaseException as error:  # noqa: BLE001, raised again by the caller
-            outcomes.put((index, None, error))
+    def work() -> None:
+        while not given_up.is_set():
+            try:
+                index, job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                outcomes.put((index, job(), None))
+            except BaseException as error:  # noqa: BLE001, raised again by the caller
+                outcomes.put((index, None, error))
 
-    threads = [threading.Thread(target=work, args=item, daemon=True) for item in enumerate(jobs)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(max(2, os.cpu_count() or 1))]
     for thread in threads:
         thread.start()
     results = [None] * len(jobs)
