@@ -230,7 +230,7 @@ def run_rl(
 
 
 def side_by_side(*jobs: Callable[[], object]) -> list:
-    """Run independent stages, as many at once as there are cores (but two), and return their results in order.
+    """Run independent stages, as many at once as there are cores (at least two), and return their results in order.
 
     On one CPU device the small matrices of the embedded world leave cores idle, and threads fill them; elsewhere the
     devices are busy with one, and the jobs run one after the other. The first failure, or Ctrl-C, is raised once the
