@@ -6,7 +6,7 @@ Paper     Harmful responses 53.08 % (Alpaca-7B) to 2.45 % in three rounds, helpf
           sign accuracy 95.62 % in round 1 (from reviews that quote the paper's tables).
 Command   python experiments/safe_rlhf/constrained_ppo.py               one seed on a laptop
           python experiments/safe_rlhf/constrained_ppo.py --seeds 5     verdicts; README.md has those of this repository
-Cost      157 to 174 s on two CPU cores, compilation and base model included (Python 3.11, jax 0.10.2).
+Cost      157 to 174 s on two idle CPU cores, 386 s on busy ones, compilation and base model included (Python 3.11).
 Here      harmful answers on dangerous prompts 52.8 to 3.8 %, refusals of benign ones 7.4 to 0.0 % (5 seeds: README.md).
 Differs   A world with a known truth stands in for people; one round; what is limited is the *probability* of harm
           sigmoid(C), in place of C (`rl.preference_models.make_cost` says why); advantages are whitened; no ptx.

@@ -1,6 +1,6 @@
 """PPO for language models, plain and Lagrangian: one rollout batch in, one updated state out.
 
-    prompts -> rollout -> feedback(rollout) -> scores [B] (and costs [B]) -> step(state, ...) -> state
+    prompts -> rollout -> feedback(rollout, key) -> scores [B] (and costs [B]) -> step(state, ...) -> state
 
 Both algorithms share everything but the advantage: plain PPO (one critic) uses A_r, Lagrangian PPO (Safe RLHF,
 2310.12773; a second critic and a multiplier) uses (A_r - lambda A_c) / (1 + lambda).
