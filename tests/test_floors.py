@@ -18,7 +18,7 @@ FLOORS = [
     {"rlhfjax.evaluation", "rlhfjax.feedback", "rlhfjax.worlds", "rlhfjax.io"},
     {"rlhfjax.stages"},
     {"rlhfjax.experiment"},
-    {"rlhfjax.pipeline", "rlhfjax.results"},
+    {"rlhfjax.audit", "rlhfjax.pipeline", "rlhfjax.results"},
     {"experiments"},
 ]
 GROUND = {"jax", "chex", "numpy", *sys.stdlib_module_names}  # all that the lowest two floors may need

@@ -31,6 +31,7 @@ from rlhfjax.io.monitor import Monitor
 PACKAGE = pathlib.Path(__file__).parents[1]
 # These only present, judge or schedule what stages return. Everything else under rlhfjax is part of every key.
 PRESENTATION = (
+    "audit/__init__.py", "audit/__main__.py", "audit/probes.py", "audit/report.py", "audit/taxonomy.py",
     "evaluation/calibration.py", "evaluation/claims.py", "evaluation/constrained.py", "evaluation/figures.py",
     "evaluation/game_figures.py", "evaluation/laws.py", "evaluation/statistics.py", "evaluation/win_rate.py",
     "experiment.py", "io/launch.py", "io/run.py", "io/seeds.py", "pipeline.py", "results.py",
@@ -232,6 +233,23 @@ class StageCache:
                 os.replace(temporary, self.remembered)
 
 
+def read_stage(run: str | os.PathLike, root: str | os.PathLike, name: str) -> Any:
+    """The result of stage `name` of the run at `run`, from the cache directory `root` that the run has used.
+
+    Raises FileNotFoundError if the run has no such stage or its entry is gone, StaleEntry if the entry is damaged.
+    """
+    entries = json.loads((pathlib.Path(run) / "stages.json").read_text())
+    if name not in entries:
+        raise FileNotFoundError(f"stages.json of {run} has no stage {name!r}; it has {', '.join(entries)}")
+    path = pathlib.Path(root) / entries[name]
+    if not path.exists():
+        raise FileNotFoundError(f"the cache has no {path.name} any more: run the experiment again, or say --cache")
+    try:
+        return _load(path, entries[name].removeprefix(f"{name}-")[:20])[0]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StaleEntry(f"{path.name} is damaged: {error!r}") from error
+
+
 def _save(path: pathlib.Path, key: str, result: Any, history: list, seconds: float) -> None:
     arrays: dict[str, np.ndarray] = {}
     structure = _encode(result, arrays, "result")
@@ -254,7 +272,7 @@ def _load(path: pathlib.Path, key: str) -> tuple[Any, list, float]:
     if fingerprint((text, arrays)) != header["checksum"]:
         raise StaleEntry("the checksum does not match the content")
     stage = json.loads(text)
-    if stage["key"] != key:
+    if not stage["key"].startswith(key):
         raise StaleEntry("it belongs to another key")
     return _decode(stage["result"], arrays), stage["history"], stage["seconds"]
 

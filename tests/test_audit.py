@@ -1,0 +1,164 @@
+"""The audit sees what is wrong with a run, says what it cannot see, and never passes what is absent."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.open_problems.planted_faults import FAULTS
+from rlhfjax.audit.probes import PROBES, agreed, load, overoptimised
+from rlhfjax.audit.report import audit, measure
+from rlhfjax.audit.taxonomy import DISCLOSURE, PROBLEMS, THRESHOLDS
+from rlhfjax.io.cache import StaleEntry, read_stage
+from rlhfjax.types import Rollout
+
+SIGNED = {"signed_by": "A. Person", "10": "it may refuse what is harmless"}
+
+
+def by_id(found):
+    return {row["id"]: row for row in found["rows"]}
+
+
+def red(found):
+    return {row["id"] for row in found["rows"] if row["flag"] == "red"}
+
+
+@pytest.fixture(scope="module")
+def parts(smoke_run):
+    """A run with nothing wrong: models that know the truth, fine-tuning as the policy, and a smooth history.
+
+    What 5 iterations of RL make of a policy at smoke scale is rightly red.
+    """
+    parts = load(smoke_run)
+    gold = lambda x: parts["world"].gold(x.prompts, x.tokens, x.mask)
+    before, after = parts["base"], parts["start"]
+    rise = np.linspace(0, 1, 40)
+    return parts | {
+        "reward": lambda x: 3 * np.asarray(gold(x).helpfulness), "cost": lambda x: 5 * np.asarray(gold(x).harm),
+        "start": before, "policy": after, "policies": {"base": before, "constrained": after},
+        "history": {"step": np.arange(40), "score": rise, "gold_helpfulness": rise, "kl": 4 * rise,
+                    "clip_fraction": 0.1 * rise, "skipped": 0 * rise}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clean(parts):
+    return audit(parts, {})
+
+
+def test_every_row_and_item_has_a_status(clean):
+    assert list(by_id(clean)) == list(PROBLEMS) and len(PROBLEMS) == 23 and len(clean["disclosure"]) == 11
+    statuses = {row["status"] for row in clean["rows"]}
+    assert statuses == {"measured", "declared", "absent", "not applicable"}
+    for row in clean["rows"]:
+        assert (row["status"] == "measured") == (row["id"] in PROBES and row["id"] != "H1")
+        assert row["reasons"] or row["value"], row
+        assert row["config"] == clean["config_hash"] and row["flag"] in ("red", "ok", "none")
+        assert set(row["ci95_of_this_run"]) <= set(row["value"])
+
+
+def test_what_asks_the_truth_names_what_would_stand_in_for_it(clean):
+    for row in clean["rows"]:
+        assert row["needs_gold"] == ("truth" in row["evidence"])
+        assert bool(row["proxy"]) == row["needs_gold"], row["id"]
+
+
+def test_a_clean_run_raises_no_red_row(clean):
+    assert not red(clean), [row["reasons"] for row in clean["rows"] if row["flag"] == "red"]
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])
+def test_planted_fault_turns_its_row_red_and_few_others(parts, clean, fault):
+    plant, row = FAULTS[fault]
+    assert by_id(clean)[row]["flag"] == "ok"
+    found = red(audit({**parts, **plant(parts)}, {}))
+    assert row in found and len(found) <= 3
+
+
+def test_the_command_writes_the_same_bytes_twice(smoke_run, tmp_path):
+    declarations = tmp_path / "declarations.json"
+    declarations.write_text(json.dumps(SIGNED))
+    command = [sys.executable, "-m", "rlhfjax.audit", smoke_run, "--declarations", declarations, "--out"]
+    for name in ("first", "second"):
+        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert files == ["audit.json", "audit.md", "calibration.png", "training.png"]
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    items = {item["item"]: item for item in json.loads((tmp_path / "first/audit.json").read_text())["disclosure"]}
+    assert items[10]["value"] == {"declared": SIGNED["10"], "signed_by": SIGNED["signed_by"]}
+    assert [number for number, item in items.items() if item["status"] == "absent"] == [9, 11]
+
+
+def test_a_stage_that_is_gone_or_damaged_leaves_its_rows_absent_with_the_reason(smoke_run, tmp_path):
+    shutil.copytree(smoke_run.parent / "cache" / "stages", tmp_path / "stages")
+    entries = json.loads((smoke_run / "stages.json").read_text())
+    (tmp_path / "stages" / entries["reward"]).unlink()
+    labels = tmp_path / "stages" / entries["labels"]
+    labels.write_bytes(labels.read_bytes()[:-1] + bytes([labels.read_bytes()[-1] ^ 1]))
+    with pytest.raises(StaleEntry, match="checksum"):
+        read_stage(smoke_run, tmp_path / "stages", "labels")
+    parts = load(smoke_run, tmp_path)
+    rows = {name: measure(name, parts) for name in ("H1", "H2", "H3", "H7", "R5", "J2")}
+    assert rows["H1"]["status"] == "declared"
+    for name in ("H2", "H3", "H7", "R5", "J2"):
+        assert rows[name]["status"] == "absent" and rows[name]["flag"] == "none" and not rows[name]["value"]
+    assert "checksum" in rows["H2"]["reasons"][0] and entries["reward"] in rows["H7"]["reasons"][0]
+
+
+def test_a_run_that_cannot_be_audited_is_refused_with_what_to_do(smoke_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="status.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="'nothing'.*constrained"):
+        load(smoke_run, chosen=["nothing"])
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    (run / "status.json").write_text('{"status": "preempted"}')
+    done = subprocess.run([sys.executable, "-m", "rlhfjax.audit", run], capture_output=True, text=True)
+    assert done.returncode == 1 and "preempted" in done.stderr and "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_chosen_stage_is_audited(smoke_run):
+    assert load(smoke_run)["sources"]["policy"] == "stage constrained"
+    chosen = load(smoke_run, chosen=["plain"])["sources"]
+    assert chosen["policy"] == "stage plain" and "plain" in chosen["history"] and chosen["reward"] == "stage reward"
+
+
+@pytest.mark.parametrize("declared", [{"10": "none"}, {"signed_by": "A. Person", "8": "fine"}])
+def test_declarations_are_signed_and_of_three_items_only(parts, declared):
+    with pytest.raises(ValueError, match="signed_by"):
+        audit(parts, declared)
+
+
+def test_a_number_that_is_none_is_red_and_no_number_in_json():
+    history = {name: np.full(40, np.nan) for name in ("kl", "clip_fraction", "skipped")}
+    row = measure("P1", {"history": history, "sources": {"history": "metrics.jsonl"}, "config_hash": "0"})
+    assert row["flag"] == "red" and row["value"]["clip_fraction"] is None
+
+
+def test_every_bound_belongs_to_a_value_and_every_disclosure_to_something(clean):
+    rows = by_id(clean)
+    for name, key, side, _, reason in THRESHOLDS:
+        assert key in rows[name]["value"] and side in "<>" and reason
+    config = {item["item"]: item["value"] for item in clean["disclosure"]}
+    for number, (_, names) in enumerate(DISCLOSURE, 1):
+        assert list(config[number]) == names.split()
+
+
+def test_a_drop_in_worth_counts_only_while_the_score_rises(parts):
+    answers = Rollout(prompts=None, prompt_mask=None, tokens=None, mask=None, logprobs=None, finished=None)
+    truth = lambda _: np.array([-1.0, 1.0])
+    rise = np.linspace(0, 1, 40)
+    fall = np.where(rise < 0.5, rise, 1 - rise)
+    history = {"gold_helpfulness": fall, "score": rise, "kl": 10 * rise}
+    found = overoptimised(history, answers, truth)
+    assert found["overoptimised_sd"] == pytest.approx(0.46, abs=0.02)
+    assert found["kl_at_peak"] == pytest.approx(5, abs=0.3)
+    assert overoptimised({**history, "score": -rise}, answers, truth)["overoptimised_sd"] == 0
+
+
+def test_agreement_leaves_ties_out():
+    np.testing.assert_array_equal(agreed(np.array([1.0, -1, 0, 2, -3]), np.array([1.0, 1, 1, 0.5, 0])), [1, 0, 1])
