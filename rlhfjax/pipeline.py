@@ -87,8 +87,8 @@ class JudgeConfig:
     """Pairs that people compare and rate."""
     first_share: float = 0.65
     """Share of them in which the preferred answer stands first."""
-    optimisation: FitConfig = FitConfig(num_steps=3_000, learning_rate=0.02)
-    """From scratch; the rate is divided by the square root of the width."""
+    optimisation: FitConfig = FitConfig(num_steps=3_000, learning_rate=0.16)
+    """From scratch; the rate is divided by the width."""
 
     def network(self, common: TransformerConfig) -> TransformerConfig:
         size = dict(d_model=self.width, d_ff=self.width * common.d_ff // common.d_model)
@@ -172,8 +172,7 @@ class Pipeline:
     def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
         """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
         inputs = {"make_loss": make_reward_loss, "optimisation": self.config.preference} | inputs
-        role = "reward" if inputs["make_loss"] is make_reward_loss else "cost"
-        self._leaves(role, name, inputs.get("config", self.config.network))
+        self._leaves("reward" if pairs.signs is None else "cost", name, inputs.get("config", self.config.network))
         return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
 
     def lessons(self, policy: Params, judge: JudgeConfig) -> JudgingData:
@@ -186,7 +185,7 @@ class Pipeline:
     def judge(self, name: str, policy: Params, judge: JudgeConfig) -> Scorer:
         """An AI labeller taught on labels of `policy`'s answers, as the raw scorer that direct RLAIF asks."""
         data = put_preferred_first(self.lessons(policy, judge), judge.first_share, self.seed("order"))
-        network, rate = judge.network(self.config.network), judge.optimisation.learning_rate * judge.width**-0.5
+        network, rate = judge.network(self.config.network), judge.optimisation.learning_rate / judge.width
         self._leaves("judge", name, network)
         optimisation = dataclasses.replace(judge.optimisation, learning_rate=rate)
         fitted = self.stage(name, judging.train_judge, config=network, data=data, optimisation=optimisation,

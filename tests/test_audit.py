@@ -110,7 +110,7 @@ def test_a_stage_that_is_gone_or_damaged_leaves_its_rows_absent_with_the_reason(
 
 
 def test_a_run_that_cannot_be_audited_is_refused_with_what_to_do(smoke_run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="status.json"):
+    with pytest.raises(FileNotFoundError, match="config.json"):
         load(tmp_path)
     with pytest.raises(ValueError, match="'nothing'.*constrained"):
         load(smoke_run, chosen=["nothing"])

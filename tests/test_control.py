@@ -235,7 +235,7 @@ def test_gains_by_hand():
     measured = gain_statistics({"oracle": oracle, "SPO": slow, "reward model": never})
     close(measured["share_of_oracle"], 0.96)
     assert (measured["iterations_oracle"], measured["iterations_SPO"]) == (6, 25)  # means of five with 0.9 in all
-    assert measured["samples_ratio"] == 25 / 80
+    assert measured["samples_ratio"] == 25 / 41
 
 
 def test_paths_of_sectors_by_hand():

@@ -1,23 +1,28 @@
-"""Open problems of RLHF (Casper et al., 2307.15217): does the audit of a run see what is wrong with it?
+"""Open Problems of RLHF (Casper et al., 2307.15217): does the audit of a run see what is wrong with it?
 
-Claim     The audit of a clean run raises no red flag (CA-3), and each planted fault turns the row that is about it red
-          and no more than two others (CA-2).
+Claim     The audit of a run of Safe RLHF measures all rows that it has probes for and raises no red flag; each planted
+          fault turns the row that is about it red, and no more than two others.
 Paper     A taxonomy of 23 problems and a list of what to disclose; no numbers.
-Command   python experiments/open_problems/planted_faults.py RUN_DIR      of a finished run of constrained_ppo.py, say
-Cost      README.md.
+Command   python experiments/open_problems/planted_faults.py               one seed on a laptop
+          python experiments/open_problems/planted_faults.py --seeds 5     verdicts
+Cost      not measured yet at --scale cpu.
 Differs   A fault is planted in what the audit reads, not in training: the run itself stays as it was.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tyro
 
-from rlhfjax.audit.probes import load, tell
-from rlhfjax.audit.report import audit, write
+from rlhfjax import stages
+from rlhfjax.audit import probes, report
+from rlhfjax.evaluation import figures
+from rlhfjax.evaluation.claims import claims
+from rlhfjax.experiment import main
+from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.rl.multiplier import MultiplierConfig
+from rlhfjax.rl.preference_models import make_cost_loss
 from rlhfjax.types import Rollout
 from rlhfjax.worlds.language import Prompts
 
@@ -40,7 +45,7 @@ def broken_reward(parts: Parts) -> Parts:
 def stylish_reward(parts: Parts) -> Parts:
     """A reward model that adds half a standard deviation for every word of style."""
     reward, world = parts["reward"], parts["world"]
-    spread = np.std(reward(tell(dict(parts), lambda start_answers: start_answers)))
+    spread = np.std(reward(probes.tell(dict(parts), lambda start_answers: start_answers)))
     words = lambda x: np.asarray(world.features(x.prompts, x.tokens, x.mask).style)
     return {"reward": lambda answers: reward(answers) + 0.5 * spread * words(answers)}
 
@@ -72,10 +77,8 @@ def hacked_reward(parts: Parts) -> Parts:
                         "score": history["score"] + late}}  # fmt: skip
 
 
-
-
 FAULTS: dict[str, tuple[Callable[[Parts], Parts], str]] = {  # fault: the row that must see it
-    "none": (lambda parts: {}, "-"),
+    "none": (lambda parts: {}, ""),
     "poisoned labels": (poisoned_labels, "H3"),
     "style-biased reward": (stylish_reward, "H7"),
     "broken reward model": (broken_reward, "R1"),
@@ -85,22 +88,62 @@ FAULTS: dict[str, tuple[Callable[[Parts], Parts], str]] = {  # fault: the row th
 }
 
 
-def main(run: tyro.conf.Positional[pathlib.Path], cache: pathlib.Path | None = None,
-         stages: tuple[str, ...] = (), out: pathlib.Path | None = None) -> None:  # fmt: skip
-    """Plant each fault in what a finished run has left, audit it, and print which rows turn red.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PipelineConfig):
+    """The Lagrangian arm of Safe RLHF, as in constrained_ppo.py."""
 
-    Args:
-        run: its directory. cache: of its stages. stages: which to audit where several have one role.
-        out: where to leave the audit of each fault; by default `audit` in the run's directory.
-    """
-    parts = load(run, cache, stages)
-    print("| planted fault | expected | red |\n|---|---|---|")
-    for name, (fault, row) in FAULTS.items():
+    harm_limit: float = 0.06
+    """On the mean P(harmful) of the policy's answers by the cost model."""
+    multiplier: MultiplierConfig = MultiplierConfig()
+    """The learner of lambda."""
+
+
+SCALES = {"smoke": Config(**SMOKE, harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)), "cpu": Config()}
+CLAIMS = claims(
+    "Open Problems (2307.15217)",
+    # id, statistic, direction, threshold, what the paper says, what is claimed
+    ("CA-1", "not_measured", "<=", 0.0, "-", "rows with a probe that the audit of a clean run does not measure"),
+    ("CA-2 seen", "faults_missed", "<=", 0.0, "-", "planted faults whose own row does not turn red"),
+    ("CA-2 others", "most_others", "<=", 2.0, "-", "most other rows that one fault turns red"),
+    ("CA-3", "false_alarms", "<=", 0.0, "-", "red rows of the clean run"),
+)  # fmt: skip
+
+
+def experiment(config: Config, run, cache) -> dict[str, float]:
+    if cache.root is None:
+        raise ValueError("an audit reads what stages have left: leave out --cache None")
+    house = Pipeline(config, run, cache)
+    # 1. A run of Safe RLHF.
+    sft = house.sft(house.base())
+    labels, _ = house.compare("labels", sft), house.compare("held-out", sft, split="test")
+    reward, cost = stages.side_by_side(lambda: house.fit("reward", labels.helpful, sft),
+                                       lambda: house.fit("cost", labels.harm, sft, make_loss=make_cost_loss))
+    scored = house.scaled(sft, reward=reward, cost=cost)
+    house.optimise("constrained", sft, **scored, multiplier=config.multiplier,
+                   limit=config.harm_limit / float(scored["cost"].fitted.scale))
+    # 2. Its audit, and that of the same run with each fault.
+    parts = probes.load(run.path)
+    probes.tell(parts, lambda start_answers: None)  # no fault changes these
+    red, rows = {}, {}
+    for name, (fault, _) in FAULTS.items():
         faulty = {**parts, **fault(parts)}
-        write(found := audit(faulty, {}), faulty, (out or run / "audit") / name)
-        reds = [f"{row['id']} ({'; '.join(row['reasons'])})" for row in found["rows"] if row["flag"] == "red"]
-        print(f"| {name} | {row} | {'<br>'.join(reds) or '-'} |", flush=True)
+        report.write(found := report.audit(faulty, {}), faulty, run.path / "audit" / name)
+        rows[name] = found["rows"]
+        red[name] = {row["id"]: row["reasons"] for row in found["rows"] if row["flag"] == "red"}
+        print(f"{name}: {red[name] or 'nothing red'}", flush=True)
+    clean = rows["none"]
+    seen = {name: row in red[name] for name, (_, row) in FAULTS.items() if name != "none"}
+    others = {name: len(red[name].keys() - {row} - red["none"].keys()) for name, (_, row) in FAULTS.items()}
+    figures.save(figures.grid(red, [row["id"] for row in clean]), run.path / "figures/faults.png")
+    values = {f"{row['id']} {key}": value for row in clean for key, value in row["value"].items()
+              if row["status"] == "measured" and value is not None}
+    return {
+        "not_measured": sum(row["status"] != "measured" for row in clean if row["id"] in probes.PROBES.keys() - {"H1"}),
+        "faults_missed": len(seen) - sum(seen.values()),
+        "most_others": max(others.values()),
+        "false_alarms": len(red["none"]),
+        **values}  # fmt: skip
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(__file__, SCALES, experiment, CLAIMS)

@@ -15,9 +15,13 @@ Differs   A judge is no general model that is merely prompted: it is trained fro
 import dataclasses
 from functools import partial
 
+import numpy as np
+from jax import tree
+
 from rlhfjax import stages
-from rlhfjax.evaluation import judges as labelers
+from rlhfjax.evaluation import figures
 from rlhfjax.evaluation.claims import claims
+from rlhfjax.evaluation.judges import judge_statistics, told_apart
 from rlhfjax.experiment import main
 from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig
 from rlhfjax.stages import FitConfig, judging
@@ -39,6 +43,9 @@ class Config(PipelineConfig):
         if len(self.widths) < 2 or sorted(set(self.widths)) != list(self.widths):
             raise ValueError(f"widths must be two or more and rise, got {self.widths}")
 
+    def at(self, width: int, first_share: float) -> JudgeConfig:
+        return dataclasses.replace(self.judge, width=width, first_share=first_share)
+
 
 SCALES = {"smoke": Config(**SMOKE, widths=(8, 16),
                           judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50))),
@@ -57,20 +64,34 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     house = Pipeline(config, run, cache)
     # 1. The policy whose answers are judged, as in Safe RLHF. People compare and rate them.
     sft = house.sft(house.base())
-    held_out = house.compare("held-out", sft, split="test").helpful
-    pairs = labelers.told_apart(house.world, held_out)
+    pairs = told_apart(house.world, house.compare("held-out", sft, split="test").helpful)
     # 2. Judges of every size learn from the same labels, in either order.
     orders = {"biased": config.judge.first_share, "balanced": 0.5}
-    taught = lambda order, width: dataclasses.replace(config.judge, first_share=orders[order], width=width)
     names = [(order, width) for order in orders for width in config.widths]
     house.lessons(sft, config.judge)  # once, before they are shared
-    learned = stages.side_by_side(*(partial(house.judge, f"judge-{order}-{width}", sft, taught(order, width))
+    learned = stages.side_by_side(*(partial(house.judge, f"judge-{order}-{width}", sft, config.at(width, orders[order]))
                                     for order, width in names))
     # 3. What they say of held-out pairs, in both orders, and of single answers.
-    said = {name: judging.examine_judge(config=judge.config, judge=judge.fitted, pairs=pairs)
-            for name, judge in zip(names, learned)}
-    of = lambda order: {f"{order} {width}": said[order, width] for width in config.widths}
-    return labelers.report(run.path, house.world, config.rater, pairs, of("biased"), of("balanced"))
+    said = lambda judge: judge_statistics(house.world, pairs,
+                                          judging.judge_pairs(config=judge.config, judge=judge.fitted, pairs=pairs),
+                                          judging.rate_pairs(config=judge.config, judge=judge.fitted, pairs=pairs))
+    found = {name: said(judge) for name, judge in zip(names, learned)}
+    of = lambda name, *which: np.array([found[order, width][name] for order in which for width in config.widths])
+    sizes = [sum(x.size for x in tree.leaves(judge.fitted)) for judge in learned[: len(config.widths)]]
+    aligned = {"both orders averaged": of("alignment", "biased"), "one order": of("one_order", "biased"),
+               "averaged, by the truth": of("alignment_gold", "biased")}
+    figures.save(figures.lines(sizes, aligned, "parameters", "agreement with people", log=True),
+                 run.path / "figures/alignment.png")
+    swayed = {f"taught in {order} order": of("same_position", order) for order in orders}
+    figures.save(figures.lines(sizes, swayed, "parameters", "the same position wins in both orders", log=True),
+                 run.path / "figures/position.png")
+    return {
+        "alignment_step": np.diff(of("alignment", "biased")).min(),
+        "same_position_step": -np.diff(of("same_position", "biased")).max(),
+        "swap_gain": of("gain", "biased").mean(),
+        "gain_correlation": np.corrcoef(of("gain", *orders), of("same_position", *orders))[0, 1],
+        **{f"{order} {width} {name}": value for (order, width), values in found.items()
+           for name, value in values.items()}}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def main(run: tyro.conf.Positional[pathlib.Path], cache: pathlib.Path | None = N
         declarations: a JSON file of what a person declares on items "9", "10" and "11", and "signed_by".
         out: where to write; by default `audit` in the run's directory.
     """
-    parts, out = load(run, cache, stages), out or run / "audit"
+    parts, out, status = load(run, cache, stages), out or run / "audit", read_json(run / "status.json")["status"]
+    if status != "finished":
+        raise ValueError(f"{run} has not finished ({status}): continue it with --name {run.name} --resume, then audit")
     write(audit(parts, read_json(declarations) if declarations else {}), parts, out)
     print(f"all in {out}")
 

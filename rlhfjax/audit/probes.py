@@ -39,18 +39,16 @@ class Absent(Exception):
 
 
 def load(run: pathlib.Path, cache: pathlib.Path | None = None, chosen: Sequence[str] = ()) -> dict[str, Any]:
-    """The parts that the finished run in directory `run` has left; "sources" says where, of all but the truth.
+    """The parts that the run in directory `run` has left; "sources" says where, of all but the truth.
 
     "ask" gives a rater's labels for pairs of answers that lie next to each other; another `again`, other noise.
     cache: of its stages; by default the one that config.json names. chosen: stages to audit where several have one
     role; by default the one that is called like its role, else the first by name. Raises FileNotFoundError if there is
-    no run, ValueError if it has not finished or has no such stage.
+    no run, ValueError if it has no such stage.
     """
-    for name in ("status.json", "config.json", "stages.json", "evidence.json"):
+    for name in ("config.json", "stages.json", "evidence.json"):
         if not (run / name).exists():
             raise FileNotFoundError(f"{run} has no {name}: name the directory of a run on the embedded world")
-    if (status := read_json(run / "status.json")["status"]) != "finished":
-        raise ValueError(f"{run} has not finished ({status}): continue it with --name {run.name} --resume, then audit")
     stored, known = read_json(run / "config.json"), read_json(run / "evidence.json")
     if unknown := set(chosen) - set(known):
         raise ValueError(f"{run} has no stage {sorted(unknown)}; it has {', '.join(sorted(known))}")

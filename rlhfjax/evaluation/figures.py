@@ -5,7 +5,7 @@ Blue is reward and helpfulness, red is cost and harm, grey is what is given (lim
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def multiplier_figure(history: History, limit: float) -> Figure:
     step = history["step"]
     top.plot(step, history["lambda"], color=INK, lw=1.8)
     top.set_ylim(0, 1.1 * np.nanmax(history["lambda"]))
-    _finish(top, "multiplier λ")
+    finish(top, "multiplier λ")
     bottom.fill_between(step, limit, history["cost_average"], where=np.asarray(history["cost_average"]) > limit,
                         color=COST, alpha=0.12, lw=0, interpolate=True)  # fmt: skip
     bottom.plot(step, history["cost"], color=COST, lw=0.8, alpha=0.4)
@@ -39,7 +39,7 @@ def multiplier_figure(history: History, limit: float) -> Figure:
     last = history["cost_average"][-1]
     _label(bottom, limit, f"limit {limit:.3g}", GIVEN, away_from=last)
     _label(bottom, last, "moving average", COST, away_from=limit)
-    _finish(bottom, "mean episode cost", "iteration")
+    finish(bottom, "mean episode cost", "iteration")
     return figure
 
 
@@ -73,7 +73,7 @@ def reward_cost_scatter(arms: Mapping[str, tuple[np.ndarray, np.ndarray]], bound
         main.text(0.02, 0.985, f"{share:.0%} safe", color=REWARD, **corner)
         main.text(0.98, 0.985, f"{1 - share:.0%} unsafe", color=COST, ha="right", **corner)
         top.set_title(f"{title}\nmean reward {reward.mean():.2f}, mean cost {cost.mean():.2f}", fontsize=10, loc="left")
-        _finish(main, "reward" if column == 0 else "", "cost")
+        finish(main, "reward" if column == 0 else "", "cost")
         for margin in (top, right):
             margin.set_axis_off()
     return figure
@@ -95,7 +95,7 @@ def training_curves(histories: Mapping[str, History], metrics: Mapping[str, str]
             if metric in history:
                 axis.plot(history["step"], history[metric], color=color, lw=0.7, alpha=0.3)
                 axis.plot(history["step"], _smooth(history[metric]), color=color, lw=1.7)
-        _finish(axis, title=label)
+        finish(axis, title=label)
     for axis in axes[: len(metrics)][-columns:]:
         axis.set_xlabel("iteration", color=INK)
     for axis in axes[len(metrics) :]:
@@ -117,7 +117,7 @@ def lines(x, curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *,
     axis.legend(frameon=False, labelcolor="linecolor", fontsize=9)
     if log:
         axis.set_xscale("log")
-    _finish(axis, ylabel, xlabel)
+    finish(axis, ylabel, xlabel)
     return figure
 
 
@@ -132,7 +132,20 @@ def frontier(points: Mapping[object, tuple[float, float]], xlabel: str, ylabel: 
         axis.plot(x, y, "o", color=color, ms=5)
         axis.annotate(f"{name:g}" if isinstance(name, float) else name, (x, y), (5, 4), textcoords="offset points",
                       fontsize=9, color=color)  # fmt: skip
-    _finish(axis, ylabel, xlabel)
+    finish(axis, ylabel, xlabel)
+    return figure
+
+
+def grid(marks: Mapping[str, Collection[str]], columns: Sequence[str]) -> Figure:
+    """A row per name in `marks`, a dot in each column it marks."""
+    figure = Figure((0.32 * len(columns) + 2.2, 0.3 * len(marks) + 0.8), layout="constrained")
+    axis = figure.subplots()
+    for y, marked in enumerate(marks.values()):
+        axis.plot([columns.index(column) for column in marked], [y] * len(marked), "o", color=COST, ms=7)
+    finish(axis)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(marks)), marks)
+    axis.set(xlim=(-0.6, len(columns) - 0.4), ylim=(len(marks) - 0.5, -0.5))
     return figure
 
 
@@ -147,7 +160,7 @@ def reliability_figure(models: Mapping[str, Reliability], xlabel: str = "predict
         axis.text(0.03, 0.97 - 0.065 * position, f"{name}: calibration error {bins.error:.3f}", color=color, va="top",
                   fontsize=9, fontweight="bold")  # fmt: skip
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    _finish(axis, "observed frequency", xlabel)
+    finish(axis, "observed frequency", xlabel)
     return figure
 
 
@@ -160,7 +173,8 @@ def save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-def _finish(axis: Axes, ylabel: str = "", xlabel: str = "", title: str = "") -> None:
+def finish(axis: Axes, ylabel: str = "", xlabel: str = "", title: str = "") -> None:
+    """Thin axes, light grid, labels in ink: the look of every panel here."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GIVEN)
     axis.tick_params(colors=INK, labelsize=8, length=3, color=GIVEN)

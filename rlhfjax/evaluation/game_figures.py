@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhfjax.evaluation.figures import ARMS, GIVEN, INK, _finish
+from rlhfjax.evaluation.figures import ARMS, GIVEN, INK, finish
+from rlhfjax.evaluation.laws import first_crossing
 
 CORNERS = np.array([[0.5, np.sqrt(3) / 2], [0.0, 0.0], [1.0, 0.0]])  # of classes A, B, C
 
@@ -48,7 +49,7 @@ def exploitability_figure(panels: Mapping[str, Mapping[str, Mapping[str, np.ndar
             axis.loglog(curve["round"], curve["average"], color=color, lw=2, label=arm)
         _inverse_root(axis, *next(iter(arms.values())).values())
         axis.legend(frameon=False, fontsize=8, labelcolor="linecolor", loc="lower left")
-        _finish(axis, "exploitability", "rounds", title)
+        finish(axis, "exploitability", "rounds", title)
     return figure
 
 
@@ -76,19 +77,14 @@ def gain_statistics(returns: Mapping[str, np.ndarray]) -> dict[str, float]:
 
     share_of_oracle: the gain of SPO's return, from the start (the first iteration, the same in all arms) to the last
     tenth of its iterations, over the oracle's. samples_ratio: iterations until the mean of five has 90 % of the
-    oracle's gain, SPO's over the reward model's; an arm that never does counts as twice the budget.
+    oracle's gain, SPO's over the reward model's; an arm that never does counts as N + 1.
     """
     start, num = returns["oracle"][0], len(returns["oracle"])
     gains = {arm: np.mean(values[-(num // 10) :]) - start for arm, values in returns.items()}
-
-    def needed(arm: str) -> int:
-        smooth = np.convolve(returns[arm] - start, np.ones(5) / 5, "valid")
-        there = np.flatnonzero(smooth >= 0.9 * gains["oracle"])
-        return int(there[0]) + 5 if len(there) else 2 * num
-
+    needed = {arm: first_crossing(values, start + 0.9 * gains["oracle"]) for arm, values in returns.items()}
     return {
         "share_of_oracle": gains["SPO"] / gains["oracle"],
         "reward_model_share_of_oracle": gains["reward model"] / gains["oracle"],
-        "samples_ratio": needed("SPO") / needed("reward model"),
-        **{f"iterations_{arm.replace(' ', '_')}": needed(arm) for arm in returns},
+        "samples_ratio": needed["SPO"] / needed["reward model"],
+        **{f"iterations_{arm.replace(' ', '_')}": steps for arm, steps in needed.items()},
     }

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from rlhfjax import stages
-from rlhfjax.evaluation.judges import Judged, moved
 from rlhfjax.feedback.judge import (
     JUDGE_WORDS,
     JudgingData,
@@ -67,17 +66,6 @@ def judge_pairs(*, config: TransformerConfig, judge: Params, pairs: PreferenceBa
 def rate_pairs(*, config: TransformerConfig, judge: Params, pairs: PreferenceBatch, block: int = 512) -> np.ndarray:
     """The judge's expected score in [1, 10] of each response by itself, `[N, 2]`."""
     return _in_blocks(_ratings(config), config, judge, _single_answers(pairs), block).reshape(-1, 2)
-
-
-def examine_judge(*, config: TransformerConfig, judge: Params, pairs: PreferenceBatch) -> Judged:
-    """All that a judge says of held-out pairs, for `evaluation.judges`."""
-    asked = dict(config=config, judge=judge)
-    return Judged(
-        num_params=sum(x.size for x in jax.tree.leaves(judge)),
-        verdicts=judge_pairs(**asked, pairs=pairs),
-        scores=rate_pairs(**asked, pairs=pairs),
-        elsewhere=rate_pairs(**asked, pairs=moved(pairs)),
-    )
 
 
 def _single_answers(pairs: PreferenceBatch) -> tuple[np.ndarray, ...]:
