@@ -25,6 +25,7 @@ from rlhfjax.experiment import main
 from rlhfjax.io.run import read_metrics
 from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
 from rlhfjax.rl.ppo import PPOConfig
+from rlhfjax.stages import FitConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Config(PipelineConfig):
 
     num_pairs: int = 4_000
     """Labelled pairs of each arm."""
+    preference: FitConfig = FitConfig(num_steps=500, learning_rate=1e-3, weight_decay=0.05)
+    """Preference models, four passes over those pairs."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.02)
     """One RL update, the same in all arms."""
 

@@ -41,6 +41,8 @@ class Config(PipelineConfig):
 
     num_pairs: int = 6_000
     """Pairs that the judge labels."""
+    preference: FitConfig = FitConfig(num_steps=750, learning_rate=1e-3, weight_decay=0.05)
+    """Preference models, four passes over those pairs."""
     judge: JudgeConfig = JudgeConfig()
     """The AI labeller, before its bias."""
     doses: tuple[float, ...] = (0.0, 0.5, 1.0)

@@ -38,6 +38,8 @@ class Config(PipelineConfig):
 
     num_pairs: int = 6_000
     """Pairs that people and the judge both label."""
+    preference: FitConfig = FitConfig(num_steps=750, learning_rate=1e-3, weight_decay=0.05)
+    """Preference models, four passes over those pairs."""
     judge: JudgeConfig = JudgeConfig()
     """The AI labeller."""
     ppo: PPOConfig = reinforce(0.05, temperature=0.9)

@@ -94,7 +94,7 @@ def training_curves(histories: Mapping[str, History], metrics: Mapping[str, str]
         for history, color in zip(histories.values(), ARMS):
             if metric in history:
                 axis.plot(history["step"], history[metric], color=color, lw=0.7, alpha=0.3)
-                axis.plot(history["step"], _smooth(history[metric]), color=color, lw=1.7)
+                axis.plot(history["step"], smooth(history[metric]), color=color, lw=1.7)
         finish(axis, title=label)
     for axis in axes[: len(metrics)][-columns:]:
         axis.set_xlabel("iteration", color=INK)
@@ -199,7 +199,7 @@ def _edges(values: np.ndarray, anchor: float) -> np.ndarray:
     return anchor + width * np.arange(np.floor((low - anchor) / width) - 1, np.ceil((high - anchor) / width) + 4)
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
+def smooth(values: Sequence[float]) -> np.ndarray:
     """A centred moving average over a twentieth of the curve, narrower at its ends."""
     values = np.asarray(values, float)
     half = len(values) // 40

@@ -56,9 +56,11 @@ def early_kl_laws(kl, scores) -> dict[str, Fit]:
 
 
 def at_one_kl(*curves: tuple[np.ndarray, np.ndarray]) -> list[float]:
-    """Mean value of each curve (KL, values) near the largest KL that all of them reach: 0.8 to 1.1 times that."""
-    reach = min(kl.max() for kl, _ in curves)
-    return [float(np.mean(values[(kl > 0.8 * reach) & (kl < 1.1 * reach)])) for kl, values in curves]
+    """Mean value of each curve (KL, values) `[iterations]` over the tenth of its points whose KL is nearest to the KL
+    that all of them reach: the least of their medians over the last tenth."""
+    tenth = lambda kl: max(1, len(kl) // 10)
+    reach = min(np.median(kl[-tenth(kl) :]) for kl, _ in curves)
+    return [float(np.mean(values[np.argsort(abs(kl - reach))[: tenth(kl)]])) for kl, values in curves]
 
 
 def first_crossing(values, aim: float, window: int = 5) -> int:
