@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tyro
 
 from rlhfjax.evaluation.claims import read_claims
@@ -70,12 +71,15 @@ def run_missing(files: Sequence[pathlib.Path], seeds: int, second_truth: int) ->
     commands = [[str(file), "--seeds", str(seeds)] for file in files]
     on_gold = [file for file in files if second_truth and "PipelineConfig" in file.read_text()]
     commands += [[str(file), "--truth", "teacher", "--seeds", str(second_truth)] for file in on_gold]
-    failed, start = [], time.monotonic()
+    failed, took = [], []
     for done, command in enumerate(commands):
-        minutes = (time.monotonic() - start) / 60
-        print(f"{done} of {len(commands)} reports after {minutes:.0f} min; now {' '.join(command)}", flush=True)
+        ran = [minutes for minutes in took if minutes > 0.5]  # the others had their results already
+        left = f", about {np.mean(ran) * (len(commands) - done):.0f} min left" if ran else ""
+        print(f"{done} of {len(commands)} reports after {sum(took):.0f} min{left}; now {' '.join(command)}", flush=True)
+        start = time.monotonic()
         if subprocess.run([sys.executable, *command]).returncode:
             failed.append(" ".join(command))
+        took.append((time.monotonic() - start) / 60)
     return failed
 
 
