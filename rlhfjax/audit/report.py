@@ -39,7 +39,7 @@ def measure(name: str, parts: dict[str, Any]) -> dict[str, Any]:
            "ci95_of_this_run": {}, "reasons": [], "needs_gold": not asked <= set(sources), "proxy": note,
            "config": parts["config_hash"], "evidence": sorted({sources.get(part, "truth") for part in asked})}
     if name not in PROBES:
-        return row | {"status": "not applicable" if name == "P4" else "absent", "reasons": [note], "proxy": ""}
+        return row | {"status": "not applicable" if name in ("H5", "P4") else "absent", "reasons": [note], "proxy": ""}
     try:
         found = tell(parts, probe)
     except (Absent, ValueError) as reason:  # gone, or nothing in it to measure
