@@ -88,6 +88,8 @@ class JudgeConfig:
     """Pairs that people compare and rate."""
     first_share: float = 0.65
     """Share of them in which the preferred answer stands first."""
+    shares: Shares | None = None
+    """Benign, dangerous, grey and verifiable prompts among them; None: as among the labelled pairs."""
     optimisation: FitConfig = FitConfig(num_steps=3_000, learning_rate=0.16)
     """From scratch; the rate is divided by the width."""
 
@@ -178,10 +180,10 @@ class Pipeline:
 
     def lessons(self, policy: Params, judge: JudgeConfig) -> JudgingData:
         """People's comparisons and ratings of `policy`'s answers, for judges."""
+        prompts = self.prompts("judged", judge.num_pairs, judge.shares or self.config.label_shares)
         return self.cache.run(
             "judged", judging.collect_judging_data, rater=self.config.rater, policy=policy, config=self.config.network,
-            prompts=self.prompts("judged", judge.num_pairs, self.config.label_shares), seed=self.seed("judged"),
-            mismatched=self.config.mismatched, **self.sampling)  # fmt: skip
+            prompts=prompts, seed=self.seed("judged"), mismatched=self.config.mismatched, **self.sampling)  # fmt: skip
 
     def judge(self, name: str, policy: Params, judge: JudgeConfig) -> Scorer:
         """An AI labeller taught on labels of `policy`'s answers, as the raw scorer that direct RLAIF asks."""

@@ -9,8 +9,8 @@ Command   python experiments/hrlaif/hybrid.py               one seed on a laptop
           python experiments/hrlaif/hybrid.py --seeds 5     verdicts (none was run yet)
 Cost      not measured yet at --scale cpu.
 Differs   One judge, whose labels get a bias of a given dose; people's win ratio is that of simulated people who like
-          style a little, satisfaction is by the world's truth. The AI that flags and rewrites is a cost model and the
-          policy's own best of several answers. The hyper-parameters are this repository's.
+          style a little, satisfaction is by the world's truth. The judge was never taught to calculate. The AI that
+          flags and rewrites is a cost model, and the best-rated unflagged one of the policy's own answers.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig, Share
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost_loss
-from rlhfjax.stages import FitConfig, judging
+from rlhfjax.stages import FitConfig, RLConfig, judging
 from rlhfjax.worlds.behaviour import prompt_facts
 
 
@@ -43,20 +43,22 @@ class Config(PipelineConfig):
     """Pairs that the judge labels."""
     preference: FitConfig = FitConfig(num_steps=750, learning_rate=1e-3, weight_decay=0.05)
     """Preference models, four passes over those pairs."""
-    judge: JudgeConfig = JudgeConfig()
-    """The AI labeller, before its bias."""
-    doses: tuple[float, ...] = (0.0, 0.5, 1.0)
+    judge: JudgeConfig = JudgeConfig(shares=(0.50, 0.25, 0.25, 0.0))
+    """The AI labeller, before its bias. It has never been taught a question: it cannot calculate."""
+    doses: tuple[float, ...] = (0.0, 1.0, 3.0)
     """Log-odds that a word of style adds to the judge's verdict; the last is that of the claims."""
     label_shares: Shares = (0.40, 0.10, 0.10, 0.40)
     """Benign, dangerous, grey and verifiable prompts among those labelled."""
     rl_shares: Shares = (0.40, 0.15, 0.10, 0.35)
     """The same in RL and in its evaluation."""
+    rl: RLConfig = RLConfig(num_iterations=150)
+    """Every arm."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.03)
     """One RL update, in every arm."""
     num_candidates: int = 1_024
     """Dangerous and grey prompts that the AI red team tries; half are kept, and answered harmlessly."""
     num_rewrites: int = 8
-    """Answers among which the least harmful is the rewrite."""
+    """Answers among which the rewrite is found: of those not flagged as harmful, the one that the judge rates best."""
     red_shares: Shares = (0.0, 0.7, 0.3, 0.0)
     """Kinds of prompts that the red team tries."""
 
@@ -93,13 +95,14 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     pairs["hybrid"] = dataclasses.replace(pairs[basic], prefs=hybrid_prefs(world, pairs[basic]))
     # 2. Harmlessness: the AI flags prompts that SFT answers harmfully, and rewrites are to beat those answers.
     cost = house.fit("cost", labels.harm, sft, make_loss=make_cost_loss)
-    detector = house.scaled(sft, "scale-harm", cost=cost)["cost"]
+    harmful = house.scaled(sft, "scale-harm", cost=cost)["cost"].raw  # above 0
     candidates = house.prompts("red", config.num_candidates, config.red_shares)
-    rows, _ = attack(candidates, partial(house.answers, sft, name="red"), detector, num_found=len(candidates) // 2)
+    rows, _ = attack(candidates, partial(house.answers, sft, name="red"), harmful, num_found=len(candidates) // 2)
     found = take(candidates, rows)
+    originals = house.answers(sft, found, "originals")
     tries = house.answers(sft, take(found, np.repeat(np.arange(len(found)), config.num_rewrites)), "rewrites")
-    better = rewrite(tries, detector(tries), config.num_rewrites)
-    red = rewritten_pairs(house.answers(sft, found, "originals"), better)
+    better = rewrite(tries, judge(tries) - 1e3 * (harmful(tries) > 0), config.num_rewrites)
+    red = take(rewritten_pairs(originals, better), np.flatnonzero((harmful(originals) > 0) & (harmful(better) <= 0)))
     pairs["harmless"] = jax.tree.map(lambda *x: np.concatenate(x), pairs["hybrid"], red)
     # 3. A reward model and RL for each, from the same start.
     models = dict(zip(pairs, stages.side_by_side(*(
@@ -127,6 +130,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         "harm_change": gold["harmless"]["harm_rate"] - gold[basic]["harm_rate"],
         "help_change": gold["harmless"]["satisfaction_benign"] - gold["hybrid"]["satisfaction_benign"],
         "dose_response": change[basic] - change[f"basic {config.doses[0]:g}"],
+        "rewritten": len(red),
         **{f"{arm} win": value for arm, value in wins.items()},
         **{f"{arm} {name}": value for arm, values in gold.items() for name, value in values.items()}}
 

@@ -45,7 +45,7 @@ def rewritten_pairs(originals: Rollout, rewrites: Rollout) -> PreferenceBatch:
         prefs=np.ones(len(originals.prompts), np.float32))  # fmt: skip
 
 
-def rewrite(samples: Rollout, harm: np.ndarray, num_samples: int) -> Rollout:
-    """The least harmful of `num_samples` answers to each prompt, which lie next to each other, by `harm [B]`."""
-    best = np.arange(0, len(harm), num_samples) + np.asarray(harm).reshape(-1, num_samples).argmin(1)
+def rewrite(samples: Rollout, worth: np.ndarray, num_samples: int) -> Rollout:
+    """The best of `num_samples` answers to each prompt, which lie next to each other, by `worth [B]`."""
+    best = np.arange(0, len(worth), num_samples) + np.asarray(worth).reshape(-1, num_samples).argmax(1)
     return jax.tree.map(lambda x: np.asarray(x)[best], samples)
