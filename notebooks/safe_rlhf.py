@@ -20,11 +20,8 @@
 # The words between the figures fit a run of the default size; a smoke run is too short for them, not for the pencil.
 
 # %%
-import glob
 import json
 import math
-import os
-import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,17 +31,9 @@ from rlhfjax import losses
 from rlhfjax.evaluation.claims import read_claims, table
 from rlhfjax.evaluation.figures import COST, GIVEN, INK, REWARD
 from rlhfjax.evaluation.gold_metrics import as_text
-from rlhfjax.io.run import read_metrics
+from rlhfjax.io.run import newest_run, read_metrics
 
-named = os.environ.get("RLHFJAX_RUN")
-places = [named] if named else glob.glob("../runs/constrained_ppo-*") + glob.glob("runs/constrained_ppo-*")
-finished = [place for place in places if os.path.exists(f"{place}/claims.json")]
-if not finished:
-    raise FileNotFoundError(
-        f"no finished run in {named or 'runs/'}: `python experiments/safe_rlhf/constrained_ppo.py` makes one in some "
-        "minutes, with `--scale smoke` in one; or set RLHFJAX_RUN to the directory of a finished run"
-    )
-run = pathlib.Path(max(finished, key=os.path.getmtime))
+run = newest_run("safe_rlhf/constrained_ppo")
 print("reading", run)
 
 # %% [markdown]

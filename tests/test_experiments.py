@@ -2,10 +2,7 @@
 
 import ast
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -24,19 +21,14 @@ def claimed(file: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
-def test_an_experiment_runs_by_its_command(file, smoke_run):
-    runs = smoke_run.parent  # one cache: experiments that begin alike share their stages
-    options = ["--scale", "smoke", "--runs", runs, "--cache", runs / "cache", "--name", file.stem]
-    done = subprocess.run([sys.executable, file, *options], capture_output=True, text=True,
-                          env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    run = runs / file.stem
+def test_an_experiment_runs_by_its_command(file, smoke):
+    run = smoke(file.stem)
     judged = json.loads((run / "claims.json").read_text())
     assert [row["id"] for row in judged] == claimed(file) and len(judged) >= 3
     assert {row["verdict"] for row in judged} == {"not judged"}
     assert len(list((run / "figures").glob("*.png"))) >= 1
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert "One seed is not judged" in done.stdout
+    assert "One seed is not judged" in run.with_name(f"{file.stem}.log").read_text()
 
 
 def test_an_experiment_file_is_small_and_says_what_it_is():

@@ -225,6 +225,21 @@ def read_metrics(path: str | os.PathLike, stage: str) -> dict[str, np.ndarray]:
     return {name: np.array([line.get(name) for line in lines], float) for name in names}
 
 
+def newest_run(experiment: str) -> pathlib.Path:
+    """The newest finished run of an experiment, such as "hh_rlhf/online", whatever its name: in the directory that the
+    environment variable RLHFJAX_RUNS names, else in runs/ here or beside. Raises FileNotFoundError if there is none."""
+    named, stem = os.environ.get("RLHFJAX_RUNS"), pathlib.PurePath(experiment).name
+    found = [file for place in ([named] if named else ["runs", "../runs"])
+             for file in pathlib.Path(place).glob("*/claims.json")
+             if pathlib.PurePath(read_json(file.with_name("config.json"))["argv"][0]).stem == stem]  # fmt: skip
+    if not found:
+        raise FileNotFoundError(
+            f"no finished run of {stem} in {named or 'runs/'}: `python experiments/{experiment}.py` makes one in some "
+            "minutes, with `--scale smoke` in one; or set RLHFJAX_RUNS to the directory that holds its run"
+        )
+    return max(found, key=os.path.getmtime).parent
+
+
 def _make_next(root: pathlib.Path, stem: str) -> pathlib.Path:
     while True:
         try:
