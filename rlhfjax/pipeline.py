@@ -75,7 +75,8 @@ class PipelineConfig(ExperimentConfig):
 SMOKE: dict[str, Any] = dict(
     scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, rl=RLConfig(num_iterations=5),
     network=dataclasses.replace(PipelineConfig.network, d_model=32, num_layers=1, num_heads=2, d_ff=64),
-    **dict.fromkeys(("pretraining", "fine_tuning", "preference"), FitConfig(num_steps=50)))  # fmt: skip
+    pretraining=FitConfig(num_steps=200, learning_rate=1e-2),  # enough to do some harm, which there is to constrain
+    **dict.fromkeys(("fine_tuning", "preference"), FitConfig(num_steps=50)))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
