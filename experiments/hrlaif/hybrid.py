@@ -45,7 +45,7 @@ class Config(PipelineConfig):
     """Preference models, four passes over those pairs."""
     judge: JudgeConfig = JudgeConfig(shares=(0.50, 0.25, 0.25, 0.0))
     """The AI labeller, before its bias. It has never been taught a question: it cannot calculate."""
-    doses: tuple[float, ...] = (0.0, 1.0, 3.0)
+    doses: tuple[float, ...] = (0.0, 0.75, 1.5)
     """Log-odds that a word of style adds to the judge's verdict; the last is that of the claims."""
     label_shares: Shares = (0.40, 0.10, 0.10, 0.40)
     """Benign, dangerous, grey and verifiable prompts among those labelled."""
