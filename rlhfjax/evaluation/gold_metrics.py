@@ -57,15 +57,15 @@ def gold_values(world: GoldWorld, rollout: Rollout) -> dict[str, float]:
 
 
 def best_of_n_curve(world: GoldWorld, score, n: int, rollout: Rollout) -> dict[str, dict[int, float]]:
-    """Mean score ("proxy") and mean r* ("gold") of the answer that `score` likes best among 1, 4, 16, ... up to n.
+    """Mean score ("proxy") and mean r* ("gold") of the answer that `score` likes best among 1, 4, 16, ... dividing n.
 
     rollout: n answers to each prompt, next to each other. Each is used once: n / k groups of k answers per prompt.
     """
     scores = np.asarray(score(rollout))
     gold = np.asarray(world.gold(rollout.prompts, rollout.tokens, rollout.mask).helpfulness)
     curve = {"proxy": {}, "gold": {}}
-    for k in (4**i for i in range(1 + int(np.log(n) / np.log(4) + 1e-9))):
-        groups = scores.reshape(-1, k)  # k divides n, so no group mixes two prompts
+    for k in (4**i for i in range(n) if n % 4**i == 0):
+        groups = scores.reshape(-1, k)  # no group mixes two prompts
         best = np.arange(len(groups)) * k + groups.argmax(1)
         curve["proxy"][k], curve["gold"][k] = float(scores[best].mean()), float(gold[best].mean())
     return curve

@@ -1,0 +1,176 @@
+"""RESULTS.md: what it says of made-up claims, what `--run` would run, and that the committed one is not stale."""
+
+import ast
+import pathlib
+import subprocess
+import types
+
+import pytest
+
+from rlhfjax import results
+from rlhfjax.evaluation.claims import claims, judge, write_claims
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAPER = "SPO (2401.04056)"
+CLAIMS = claims(
+    PAPER,
+    ("SP-1", "reach", ">=", 0.9, "a | b", "share of |gain| reached"),
+    ("SP-2", "loss", "<=", 0.25, "-", "what noise costs"),
+)
+SEEDS = {1000: dict(reach=0.95, loss=0.3), 1001: dict(reach=0.97, loss=0.1), 1002: dict(reach=0.96, loss=0.5)}
+EXPERIMENT = f'''"""An experiment."""
+CLAIMS = claims(
+    "{PAPER}",
+)
+'''
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> pathlib.Path:
+    """A directory with an experiment of the embedded world, one of another world, and a file that is none."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"spo/text.py": EXPERIMENT + "Config(PipelineConfig)", "spo/games.py": EXPERIMENT,
+                       "spo/helpers.py": "def draw(): ...", "made_up/other.py": "CLAIMS = ()"}.items():
+        pathlib.Path("experiments", name).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path("experiments", name).write_text(text)
+    return pathlib.Path("experiments")
+
+
+def judged(truth="analytic", seeds=SEEDS, seconds=300.0):
+    return judge(CLAIMS, seeds, world=f"gold_world-1.0-{truth}", config_hash="0", commit=None, seconds=seconds)
+
+
+def leave(file: pathlib.Path, truth: str, rows) -> None:
+    folder = file.parent / "results" / file.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    write_claims(folder / f"gold_world-1.0-{truth}-claims.json", rows)
+
+
+def test_experiments_are_the_files_that_name_claims(root):
+    assert results.experiment_files(root) == [root / "made_up/other.py", root / "spo/games.py", root / "spo/text.py"]
+    with pytest.raises(FileNotFoundError, match="no experiment in .*nowhere: run this where `experiments` lies"):
+        results.experiment_files(pathlib.Path("nowhere"))
+
+
+def test_claims_are_found_by_truth(root):
+    file = root / "spo/text.py"
+    assert results.claims_of(file) == {}
+    leave(file, "analytic", judged())
+    leave(file, "teacher", judged("teacher"))
+    assert results.claims_of(file) == {
+        "gold_world-1.0-analytic": judged(), "gold_world-1.0-teacher": judged("teacher")}  # fmt: skip
+
+
+def test_a_line_by_hand():
+    """0.95, 0.97, 0.96: mean 0.96, sd 0.01, t = 4.303 of two degrees of freedom, so 0.96 -+ 0.0248."""
+    first, second = judged()
+    assert results.line(first, {}) == (
+        r"| SP-1 | share of \|gain\| reached | a \| b | 0.96 [0.935, 0.985] | >= 0.9 | **supported** | - | 3 |"
+    )
+    elsewhere = judged("teacher", {seed: dict(reach=0.5 + seed / 1e5, loss=0.0) for seed in SEEDS})
+    assert results.line(first, {"teacher": elsewhere[0]}).endswith(
+        "| **supported** | 0.51 [0.51, 0.51], contradicted | 3 |")  # fmt: skip
+    assert "**inconclusive** | 0 [0, 0], supported |" in results.line(second, {"teacher": elsewhere[1]})
+
+
+def test_one_seed_has_no_interval_and_is_not_judged():
+    (first, _) = judged(seeds={0: SEEDS[1000]})
+    assert "| 0.95 | >= 0.9 | **not judged** | - | 1 |" in results.line(first, {})
+
+
+def test_a_section_has_the_command_the_costs_and_the_analytic_truth_first(root):
+    file = root / "spo/text.py"
+    assert results.section(file) == "### `python experiments/spo/text.py`\n\nNo report seed has run.\n"
+    leave(file, "teacher", judged("teacher", {seed: SEEDS[seed] for seed in (1000, 1001)}, 60.0)[:1])
+    leave(file, "analytic", judged())
+    head, _, costs, _, _, _, *rows = results.section(file).splitlines()
+    assert head == "### `python experiments/spo/text.py --seeds 3`"
+    assert costs == ("3 seeds on gold_world-1.0-analytic, 5 minutes of one core; "
+                     "2 seeds on gold_world-1.0-teacher, 1 minutes of one core.")  # fmt: skip
+    (one, other) = judged()
+    teacher = judged("teacher", {seed: SEEDS[seed] for seed in (1000, 1001)})[0]
+    assert rows == [results.line(one, {"teacher": teacher}), results.line(other, {})]  # which was not judged there
+
+
+def test_a_document_groups_experiments_by_paper(root):
+    leave(root / "spo/games.py", "analytic", judged())
+    text = results.document(results.experiment_files(root))
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["# Results", f"## {PAPER}", "### `python experiments/spo/games.py --seeds 3`",
+                        "### `python experiments/spo/text.py`", "## made_up",
+                        "### `python experiments/made_up/other.py`"]  # fmt: skip
+    assert f"What the paper reports is from {results.SOURCES[PAPER]}." in text
+    assert "What the paper reports is from the experiment file." in text
+
+
+def test_a_table_keeps_its_columns_whatever_a_cell_holds(root):
+    leave(root / "spo/games.py", "analytic", judged())
+    rows = [line for line in results.section(root / "spo/games.py").splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {9} and len(rows) == 4
+
+
+def commands(monkeypatch, fails=lambda command: False):
+    ran = []
+
+    def run(command):
+        ran.append(command[1:])
+        return types.SimpleNamespace(returncode=int(fails(command)))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return ran
+
+
+def test_what_is_missing_is_run_on_both_truths_where_there_are_two(root, monkeypatch, capsys):
+    ran, files = commands(monkeypatch), results.experiment_files(root)
+    assert results.run_missing(files, seeds=5, second_truth=3) == []
+    first = [[str(file), "--seeds", "5"] for file in files]
+    assert ran == [*first, ["experiments/spo/text.py", "--truth", "teacher", "--seeds", "3"]]
+    assert "3 of 4 reports after 0 min; now experiments/spo/text.py --truth teacher" in capsys.readouterr().out
+    ran.clear()
+    results.run_missing(files, seeds=4, second_truth=0)
+    assert [command[-1] for command in ran] == ["4"] * 3
+
+
+def test_a_report_that_fails_stops_no_other_and_is_named(root, monkeypatch):
+    ran = commands(monkeypatch, fails=lambda command: "experiments/spo/games.py" in command)
+    assert results.run_missing(results.experiment_files(root), 5, 3) == ["experiments/spo/games.py --seeds 5"]
+    assert len(ran) == 4
+    monkeypatch.setattr("sys.argv", ["results", "--run"])
+    with pytest.raises(SystemExit, match="these reports failed, .*\nexperiments/spo/games.py --seeds 5"):
+        results.main()
+    assert pathlib.Path("RESULTS.md").read_text() == results.document(results.experiment_files(root))
+
+
+def test_without_run_nothing_is_run(root, monkeypatch, capsys):
+    ran = commands(monkeypatch)
+    leave(root / "spo/text.py", "analytic", judged())
+    monkeypatch.setattr("sys.argv", ["results", "--out", "there.md"])
+    results.main()
+    assert not ran and "there.md has the claims of 1 of 3 experiments" in capsys.readouterr().out
+    assert "**supported**" in pathlib.Path("there.md").read_text()
+
+
+# The repository's own
+
+
+def test_the_committed_results_follow_from_the_committed_claims(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = results.experiment_files(pathlib.Path("experiments"))
+    assert pathlib.Path("RESULTS.md").read_text() == results.document(files), "run python -m rlhfjax.results"
+
+
+def test_every_experiment_names_a_paper_whose_source_is_known():
+    files = results.experiment_files(ROOT / "experiments")
+    assert all(any(f'"{paper}"' in file.read_text() for paper in results.SOURCES) for file in files)
+
+
+def test_no_experiment_imports_another():
+    for file in (ROOT / "experiments").rglob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module if not node.level else "experiments")
+        others = {"experiments", *(path.stem for path in file.parent.glob("*.py"))}
+        assert not others & {name.partition(".")[0] for name in imported}, file
