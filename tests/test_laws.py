@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhfjax.evaluation.calibration import upper_tail
-from rlhfjax.evaluation.constrained import best_weight, dominance
+from rlhfjax.evaluation.constrained import dominance, weight_at_limit
 from rlhfjax.evaluation.laws import at_one_kl, early_kl_laws, first_crossing, kl_laws, least_squares, scaling_law
 from rlhfjax.evaluation.statistics import rank_correlation
 
@@ -20,11 +20,11 @@ def test_a_line_through_four_points_by_hand():
     assert (fit.r2, fit.aic) == pytest.approx((1 - 0.2 / 2, 4 * math.log(0.2 / 4) + 2 * 2))
 
 
-def test_without_an_intercept_r2_is_about_zero():
-    """y = 9/14 x, which leaves 6 - 81/14 of a sum of squares of 6."""
+def test_without_an_intercept_r2_is_still_about_the_mean():
+    """y = 9/14 x leaves 6 - 81/14 of a spread of 2."""
     fit = least_squares({"x": [0, 1, 2, 3]}, [0, 1, 1, 2], intercept=False)
     np.testing.assert_allclose(fit.coefficients, [9 / 14])
-    assert (fit.r2, fit.aic) == pytest.approx((1 - 3 / 14 / 6, 4 * math.log(3 / 14 / 4) + 2 * 1))
+    assert (fit.r2, fit.aic) == pytest.approx((1 - 3 / 14 / 2, 4 * math.log(3 / 14 / 4) + 2 * 1))
 
 
 def test_several_columns_are_those_of_the_normal_equations():
@@ -171,12 +171,11 @@ def test_dominance_is_the_smaller_margin_of_the_best_rival():
     assert dominance(points, "better", ["ours"]) == pytest.approx(-0.1)
 
 
-def test_the_best_weight_helps_most_among_those_that_meet_the_limit():
-    points = {0.25: (2.0, 0.9), 0.5: (1.5, 0.1), 1.0: (1.7, 0.05), 2.0: (0.3, -0.4)}
-    assert best_weight(points) == 1.0
-    assert best_weight({weight: points[weight] for weight in (0.25, 0.5)}) == 0.5  # an excess of 0.1 is met
-    far = {weight: (helpful, excess + 1) for weight, (helpful, excess) in points.items()}
-    assert best_weight(far) == 2.0  # none meets it: the nearest
+def test_the_weight_at_the_limit_is_between_the_last_that_misses_and_the_first_that_meets_it():
+    """Half way from 1 to 2 on a logarithmic axis is sqrt(2)."""
+    assert weight_at_limit({0.5: 0.4, 2.0: -0.1, 1.0: 0.1, 4.0: 0.05}) == pytest.approx(math.sqrt(2))
+    assert weight_at_limit({0.5: -0.1, 1.0: -0.2}) == 0.5  # all meet it
+    assert weight_at_limit({0.5: 0.2, 1.0: 0.1}) == 1.0  # none does
 
 
 def test_a_rank_correlation_sees_order_alone():

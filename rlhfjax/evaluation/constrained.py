@@ -130,13 +130,15 @@ def dominance(points: Mapping, arm, rivals) -> float:
     return max(min(points[r][0] - points[arm][0], points[arm][1] - points[r][1]) for r in rivals)
 
 
-def best_weight(points: Mapping[float, tuple[float, float]]) -> float:
-    """The fixed weight nu that one would choose: the most helpful that meets the limit; if none does, the nearest.
-
-    points: `{weight: (helpfulness, excess over the limit in sd)}`; an excess of up to 0.1 counts as met.
-    """
-    met = {weight: helpful for weight, (helpful, excess) in points.items() if excess <= 0.1}
-    return max(met, key=met.get) if met else min(points, key=lambda weight: points[weight][1])
+def weight_at_limit(excess: Mapping[float, float]) -> float:
+    """The fixed weight nu that just meets a limit: where the excess over it, by weight, first falls to 0, by linear
+    interpolation on log nu. An end of the grid if all weights meet it, or none does."""
+    weights = sorted(excess)
+    after = next((i for i, weight in enumerate(weights) if excess[weight] <= 0), len(weights))
+    if after in (0, len(weights)):
+        return weights[min(after, len(weights) - 1)]
+    low, high = weights[after - 1], weights[after]
+    return float(low * (high / low) ** (excess[low] / (excess[low] - excess[high])))
 
 
 CURVES = {

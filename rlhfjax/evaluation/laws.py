@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Fit(NamedTuple):
-    """Least squares: the coefficients, R^2 about the mean (about 0 without an intercept), and Akaike's criterion
+    """Least squares: the coefficients, R^2 about the mean, and Akaike's criterion
 
     AIC = n ln(RSS / n) + 2 k, lower is better: what remains unexplained against how many coefficients explain it.
     """
@@ -29,7 +29,7 @@ def least_squares(columns: Mapping[str, np.ndarray], y, intercept: bool = True) 
         raise ValueError(f"{design.shape[1]} coefficients need at least {design.shape[1] + 2} rows, got {len(y)}")
     coefficients = np.linalg.lstsq(design, y)[0]
     rest = np.sum((y - design @ coefficients) ** 2)
-    spread = np.sum((y - y.mean() * intercept) ** 2)
+    spread = np.sum((y - y.mean()) ** 2)
     return Fit(coefficients, float(1 - rest / spread), len(y) * math.log(rest / len(y)) + 2 * design.shape[1])
 
 
