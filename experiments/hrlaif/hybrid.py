@@ -9,7 +9,7 @@ Command   python experiments/hrlaif/hybrid.py               one seed on a laptop
           python experiments/hrlaif/hybrid.py --seeds 5     verdicts (none was run yet)
 Cost      not measured yet at --scale cpu.
 Differs   One judge, whose labels get a bias of a given dose; people's win ratio is that of simulated people who like
-          style a little, satisfaction is by the world's truth. The judge was never taught to calculate. The AI that
+          style a little, satisfaction is by the world's truth. The judge was taught few sums. The AI that
           flags and rewrites is a cost model, and the best-rated unflagged one of the policy's own answers.
 """
 
@@ -43,13 +43,13 @@ class Config(PipelineConfig):
     """Pairs that the judge labels."""
     preference: FitConfig = FitConfig(num_steps=750, learning_rate=1e-3, weight_decay=0.05)
     """Preference models, four passes over those pairs."""
-    judge: JudgeConfig = JudgeConfig(shares=(0.50, 0.25, 0.25, 0.0))
-    """The AI labeller, before its bias. It has never been taught a question: it cannot calculate."""
-    doses: tuple[float, ...] = (0.0, 0.75, 1.5)
+    judge: JudgeConfig = JudgeConfig(shares=(0.45, 0.25, 0.25, 0.05))
+    """The AI labeller, before its bias. It was taught few questions: it calculates badly."""
+    doses: tuple[float, ...] = (0.0, 0.5, 1.0)
     """Log-odds that a word of style adds to the judge's verdict; the last is that of the claims."""
-    label_shares: Shares = (0.40, 0.10, 0.10, 0.40)
+    label_shares: Shares = (0.30, 0.10, 0.10, 0.50)
     """Benign, dangerous, grey and verifiable prompts among those labelled."""
-    rl_shares: Shares = (0.40, 0.15, 0.10, 0.35)
+    rl_shares: Shares = (0.30, 0.10, 0.10, 0.50)
     """The same in RL and in its evaluation."""
     rl: RLConfig = RLConfig(num_iterations=150)
     """Every arm."""
