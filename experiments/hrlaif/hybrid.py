@@ -33,6 +33,7 @@ from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost_loss
 from rlhfjax.stages import FitConfig, RLConfig, judging
 from rlhfjax.worlds.behaviour import prompt_facts
+from rlhfjax.worlds.language import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +99,14 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     harmful = house.scaled(sft, "scale-harm", cost=cost)["cost"].raw  # above 0
     candidates = house.prompts("red", config.num_candidates, config.red_shares)
     rows, _ = attack(candidates, partial(house.answers, sft, name="red"), harmful, num_found=len(candidates) // 2)
-    found = take(candidates, rows)
+    # As many benign prompts are rewritten too, lest the reward model learns that rewrites are answers to shy from.
+    control = house.prompts("control", len(rows), (1.0, 0.0, 0.0, 0.0))
+    found = jax.tree.map(lambda *x: np.concatenate(x), take(candidates, rows), control)
     originals = house.answers(sft, found, "originals")
     tries = house.answers(sft, take(found, np.repeat(np.arange(len(found)), config.num_rewrites)), "rewrites")
     better = rewrite(tries, judge(tries) - 1e3 * (harmful(tries) > 0), config.num_rewrites)
-    red = take(rewritten_pairs(originals, better), np.flatnonzero((harmful(originals) > 0) & (harmful(better) <= 0)))
+    wanted = ((harmful(originals) > 0) | (found.family == Family.BENIGN)) & (harmful(better) <= 0)
+    red = take(rewritten_pairs(originals, better), np.flatnonzero(wanted))
     pairs["harmless"] = jax.tree.map(lambda *x: np.concatenate(x), pairs["hybrid"], red)
     # 3. A reward model and RL for each, from the same start.
     models = dict(zip(pairs, stages.side_by_side(*(
