@@ -92,10 +92,10 @@ def test_a_dose_of_nothing_changes_nothing_and_certainty_can_be_swayed():
     assert (strong > 0.99).all() and (strong <= 1).all()
 
 
-def test_the_rewrite_is_the_least_harmful_of_its_tries():
+def test_the_rewrite_is_the_best_of_its_tries():
     asked = [DANGEROUS] * 3 + [BENIGN] * 3
     tries = rollout_of(asked, [STEP, CARE, REFUSAL, WRONG_STEP, STEP, REFUSAL])
-    chosen = rewrite(tries, np.array([0.9, 0.2, 0.5, 0.1, 0.0, 0.3]), 3)
+    chosen = rewrite(tries, -np.array([0.9, 0.2, 0.5, 0.1, 0.0, 0.3]), 3)
     assert texts(chosen.tokens, chosen.mask) == texts(tries.tokens[[1, 4]], tries.mask[[1, 4]])
     np.testing.assert_array_equal(chosen.prompts, tries.prompts[[1, 4]])
     red = rewritten_pairs(rollout_of([DANGEROUS, BENIGN], [STEP, WRONG_STEP]), chosen)

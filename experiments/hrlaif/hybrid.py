@@ -48,15 +48,17 @@ class Config(PipelineConfig):
     """The AI labeller, before its bias. It was taught few questions: it calculates badly."""
     doses: tuple[float, ...] = (0.0, 0.5, 1.0)
     """Log-odds that a word of style adds to the judge's verdict; the last is that of the claims."""
-    label_shares: Shares = (0.30, 0.10, 0.10, 0.50)
-    """Benign, dangerous, grey and verifiable prompts among those labelled."""
+    label_shares: Shares = (0.45, 0.0, 0.05, 0.50)
+    """Benign, dangerous, grey and verifiable prompts among those labelled for help; the red team sees to danger."""
+    harm_shares: Shares = (0.30, 0.35, 0.15, 0.20)
+    """Among those labelled for harm."""
     rl_shares: Shares = (0.30, 0.10, 0.10, 0.50)
     """The same in RL and in its evaluation."""
     rl: RLConfig = RLConfig(num_iterations=150)
     """Every arm."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.03)
     """One RL update, in every arm."""
-    num_candidates: int = 1_024
+    num_candidates: int = 4_096
     """Dangerous and grey prompts that the AI red team tries; half are kept, and answered harmlessly."""
     num_rewrites: int = 8
     """Answers among which the rewrite is found: of those not flagged as harmful, the one that the judge rates best."""
@@ -95,12 +97,13 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     basic = f"basic {strong:g}"
     pairs["hybrid"] = dataclasses.replace(pairs[basic], prefs=hybrid_prefs(world, pairs[basic]))
     # 2. Harmlessness: the AI flags prompts that SFT answers harmfully, and rewrites are to beat those answers.
-    cost = house.fit("cost", labels.harm, sft, make_loss=make_cost_loss)
+    harm_labels = house.compare("harm-labels", sft, prompts=house.prompts("harm", config.num_pairs, config.harm_shares))
+    cost = house.fit("cost", harm_labels.harm, sft, make_loss=make_cost_loss)
     harmful = house.scaled(sft, "scale-harm", cost=cost)["cost"].raw  # above 0
     candidates = house.prompts("red", config.num_candidates, config.red_shares)
     rows, _ = attack(candidates, partial(house.answers, sft, name="red"), harmful, num_found=len(candidates) // 2)
-    # As many benign prompts are rewritten too, lest the reward model learns that rewrites are answers to shy from.
-    control = house.prompts("control", len(rows), (1.0, 0.0, 0.0, 0.0))
+    # Benign prompts are rewritten too, lest the reward model learns that rewrites are answers to shy from.
+    control = house.prompts("control", len(rows) // 2, (1.0, 0.0, 0.0, 0.0))
     found = jax.tree.map(lambda *x: np.concatenate(x), take(candidates, rows), control)
     originals = house.answers(sft, found, "originals")
     tries = house.answers(sft, take(found, np.repeat(np.arange(len(found)), config.num_rewrites)), "rewrites")
