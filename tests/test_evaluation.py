@@ -211,9 +211,9 @@ def test_training_curves_leave_out_what_an_arm_lacks():
 
 def test_smoothing_is_a_centred_mean_that_skips_what_is_missing():
     values = np.arange(80.0)
-    np.testing.assert_allclose(figures._smooth(values)[2:-2], values[2:-2])
-    assert figures._smooth(values)[0] == 1.0  # the mean of 0, 1, 2
-    assert figures._smooth([1.0, np.nan, 3.0]).tolist()[::2] == [1.0, 3.0]
+    np.testing.assert_allclose(figures.smooth(values)[2:-2], values[2:-2])
+    assert figures.smooth(values)[0] == 1.0  # the mean of 0, 1, 2
+    assert figures.smooth([1.0, np.nan, 3.0]).tolist()[::2] == [1.0, 3.0]
 
 
 def test_figures_are_saved_without_pyplot(tmp_path):

@@ -202,13 +202,15 @@ def test_a_run_leaves_everything_it_promises(smoke_run):
 def test_every_stage_of_a_run_reports(smoke_run):
     for stage, names in STAGES.items():
         history = read_metrics(smoke_run / "metrics.jsonl", stage)
-        steps = [25, 50] if "loss" in names else [1, 2, 3, 4, 5]
+        num_steps = paper.SCALES["smoke"].pretraining.num_steps if stage == "base" else 50
+        steps = list(range(25, num_steps + 1, 25)) if "loss" in names else [1, 2, 3, 4, 5]
         assert history["step"].tolist() == steps, stage
         for name in names:
             assert np.isfinite(history[name]).all(), (stage, name)
     lines = (smoke_run / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["stage"] for line in lines} == set(STAGES)
-    assert np.diff(read_metrics(smoke_run / "metrics.jsonl", "base")["loss"]) < 0
+    first, *_, last = read_metrics(smoke_run / "metrics.jsonl", "base")["loss"]
+    assert last < first
 
 
 def test_the_claims_of_a_run_are_those_of_its_statistics(smoke_run):

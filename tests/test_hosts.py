@@ -28,8 +28,8 @@ cache_key._hash_accelerator_config = lambda *args: None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-QUICK = """--network.num-layers 1 --network.d-ff 128 --pretraining.num-steps 25 --fine-tuning.num-steps 25
-    --preference.num-steps 25 --num-pairs 128 --rl.num-iterations 4 --mesh.fsdp 2""".split()
+QUICK = """--fine-tuning.num-steps 25
+    --preference.num-steps 25 --num-pairs 128 --rl.num-iterations 4 --harm-limit 0.45 --mesh.fsdp 2""".split()
 DEVICES = 8  # of one process, or of two together
 LAYOUTS = [(1, DEVICES), (1, DEVICES // 2), (2, DEVICES // 2), (DEVICES // 2, 1)]  # processes x devices of each
 RL = ("constrained", "plain")

@@ -25,7 +25,7 @@ import scipy.special
 
 from rlhfjax.evaluation.judges import worth
 from rlhfjax.evaluation.statistics import verdict
-from rlhfjax.feedback.hybrid import hybrid_prefs, rewrite
+from rlhfjax.feedback.hybrid import hybrid_prefs, rewritten_pairs
 from rlhfjax.feedback.judge import Verdicts
 from rlhfjax.feedback.raters import compare, mismatch
 from rlhfjax.feedback.self_play import MANNERS
@@ -84,6 +84,10 @@ class Scorer:
     make: Any
     fitted: Any
     config: Any = None
+
+    @property
+    def raw(self):
+        return Scorer(make_score, self.fitted.params)
 
     def __call__(self, rollout: Rollout, block=512) -> np.ndarray:
         num = len(rollout.tokens)
@@ -420,8 +424,9 @@ FAULTS = [
          prompt_facts(pairs.prompts).question, hybrid_prefs(world, pairs), 1 - pairs.prefs)), {"HR-3 rest": NO}),
     ("hrlaif.hybrid", "every dose is none",
      lambda: at("hrlaif.hybrid", "with_style_bias", lambda world, pairs, weight: pairs), {"HR-1 dose": OPEN}),
-    ("hrlaif.hybrid", "the rewrite is the most harmful try",
-     lambda: at("hrlaif.hybrid", "rewrite", lambda tries, harm, num: rewrite(tries, -harm, num)), {"HR-5 harm": NO}),
+    ("hrlaif.hybrid", "originals are preferred to their rewrites",
+     lambda: at("hrlaif.hybrid", "rewritten_pairs", lambda originals, rewrites: rewritten_pairs(rewrites, originals)),
+     {"HR-5 harm": NO}),
     ("spo.text", "self-play rewards who loses", lambda: [(games, "self_play", negated)], {"SP-1 reach": NO}),
     ("spo.text", "the reward model's arm is self-play too", lambda: [(games, "reward_model", games.self_play)],
      {"SP-4 reward": NO, "SP-4 self-play": YES}),
