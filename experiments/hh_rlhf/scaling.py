@@ -5,8 +5,8 @@ Claim     Held-out accuracy grows about linearly with the logarithms of data and
 Paper     Accuracy = 0.72 + 0.007 ln(P / 1e11) + 0.015 ln(D / 8e4) on helpfulness, 13M to 52B (full text). Models
           trained on helpfulness alone are calibrated; accuracy falls as both scores exceed a threshold.
 Command   python experiments/hh_rlhf/scaling.py               one seed on a laptop
-          python experiments/hh_rlhf/scaling.py --seeds 5     verdicts (none was run yet)
-Cost      not measured yet at --scale cpu.
+          python experiments/hh_rlhf/scaling.py --seeds 5     verdicts
+Cost      about 13 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   Sizes of 7 k to 324 k parameters, 750 to 12,000 pairs, in a world with a known truth; no pretraining on other
           preferences (PMP); `epochs` passes over the data where the paper makes one.
 """

@@ -5,8 +5,8 @@ Claim     Larger judges agree more with people and are less swayed by which answ
 Paper     Agreement with people 62.7, 73.8, 78.0 % for PaLM 2 XS, S, L; the same position wins in both orders in 56, 21,
           18 % of pairs, mostly the second for XS and S (99, 91 %), the first for L (94 %).
 Command   python experiments/rlaif/judges.py               one seed on a laptop
-          python experiments/rlaif/judges.py --seeds 5     verdicts (none was run yet)
-Cost      not measured yet at --scale cpu.
+          python experiments/rlaif/judges.py --seeds 5     verdicts
+Cost      about 15 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   A judge is no general model that is merely prompted: it is trained from scratch on people's comparisons and
           ratings of one policy's answers, the preferred one first in 65 % of the pairs, from which it has its position
           bias. Sizes differ by a factor of 26. No rationales, no exemplars.

@@ -5,8 +5,8 @@ Claim     With a cost model, harm falls from round to round to less than a quart
 Paper     Harmful responses 53.08 % (Alpaca-7B) to 2.45 % after round 3, helpfulness +244.9 Elo by GPT-4, +363.9 by
           people (reviews that quote the paper's tables); red teaming from round 2; no round of plain RLHF to compare.
 Command   python experiments/safe_rlhf/rounds.py               one seed on a laptop
-          python experiments/safe_rlhf/rounds.py --seeds 5     verdicts (none was run yet)
-Cost      not measured yet at --scale cpu.
+          python experiments/safe_rlhf/rounds.py --seeds 5     verdicts
+Cost      about 10 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   As constrained_ppo.py. Each round labels answers of the policy of the moment, a third of them to prompts that
           the red team found against it, and fits its models anew on all labels so far; RL goes on from that policy and
           is held to it. The red team tries training prompts; what is reported is on held-out ones.
