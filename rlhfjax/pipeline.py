@@ -71,6 +71,10 @@ class PipelineConfig(ExperimentConfig):
         self.fine_tuning.check_rows(a_quarter_of_num_demonstrations=self.num_demonstrations // 4)
         self.preference.check_rows(num_pairs=self.num_pairs)
 
+    def network_of(self, width: int) -> TransformerConfig:
+        """The network at another width, with heads of 16."""
+        return dataclasses.replace(self.network, d_model=width, num_heads=width // 16, d_ff=8 * width // 3)
+
 
 SMOKE: dict[str, Any] = dict(
     scale="smoke", num_demonstrations=1_000, num_pairs=400, num_evaluated=256, rl=RLConfig(num_iterations=5),

@@ -48,12 +48,6 @@ class Config(PipelineConfig):
     num_best_prompts: int = 256
     """Prompts for best-of-n."""
 
-    @property
-    def small_network(self):
-        """Its shape, with heads of 16."""
-        width = self.small
-        return dataclasses.replace(self.network, d_model=width, num_heads=width // 16, d_ff=8 * width // 3)
-
 
 SCALES = {
     "smoke": Config(**SMOKE | dict(rl=RLConfig(num_iterations=12), num_best=8, num_best_prompts=32)),
@@ -74,7 +68,7 @@ CLAIMS = claims(
 
 
 def experiment(config: Config, run, cache) -> dict[str, float]:
-    house, small = Pipeline(config, run, cache), config.small_network
+    house, small = Pipeline(config, run, cache), config.network_of(config.small)
     starts = {"large": (config.network, house.sft(house.base())),
               "small": (small, house.sft(house.base("base-small", config=small), "sft-small", config=small))}
     policy = starts["large"][1]

@@ -40,10 +40,6 @@ class Config(PipelineConfig):
     num_evaluated: int = 4_096
     """Held-out pairs."""
 
-    def network_of(self, width: int):
-        """Its shape, with heads of 16."""
-        return dataclasses.replace(self.network, d_model=width, num_heads=width // 16, d_ff=8 * width // 3)
-
     def at_width(self, fit, width: int, **change):
         """Learning rates go with the inverse root of the width."""
         return dataclasses.replace(fit, learning_rate=fit.learning_rate * (96 / width) ** 0.5, **change)
