@@ -123,9 +123,10 @@ class Pipeline:
         """The seed of one use of randomness."""
         return stream(self.config.seed, name)
 
-    def stage(self, name: str, fn: Callable, **inputs) -> Any:
-        """A stage that learns: monitored, with the experiment's network unless `config` says another."""
+    def stage(self, name: str, fn: Callable, role: str, **inputs) -> Any:
+        """A stage that learns: monitored, its role noted, with the network of all unless `config` says another."""
         inputs = {"config": self.config.network} | inputs
+        self._leaves(role, name, inputs["config"])
         return self.cache.run(name, fn, monitor=self.run.monitor(name), label=name, **inputs)
 
     def prompts(self, name: str, num: int, shares: Shares, split: str = "train") -> Prompts:
@@ -140,9 +141,8 @@ class Pipeline:
     def base(self, name: str = "base", **inputs) -> Params:
         """A language model that has read good and bad answers."""
         texts = self.world.corpus(self.seed("corpus"), self.config.num_demonstrations).demonstrations
-        self._leaves("base", name, inputs.get("config", self.config.network))
         inputs = {"optimisation": self.config.pretraining, "demonstrations": texts} | inputs
-        return self.stage(name, stages.train_language_model, seed=self.seed("base"), **inputs)
+        return self.stage(name, stages.train_language_model, "base", seed=self.seed("base"), **inputs)
 
     @property
     def cleaner(self) -> Demonstrations:
@@ -152,9 +152,8 @@ class Pipeline:
 
     def sft(self, base: Params, name: str = "sft", **inputs) -> Params:
         """Fine-tuning of `base` on cleaner answers."""
-        self._leaves("start", name, inputs.get("config", self.config.network))
         inputs = {"optimisation": self.config.fine_tuning, "demonstrations": self.cleaner} | inputs
-        return self.stage(name, stages.train_language_model, seed=self.seed("sft"), start=base, **inputs)
+        return self.stage(name, stages.train_language_model, "start", seed=self.seed("sft"), start=base, **inputs)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -180,8 +179,10 @@ class Pipeline:
     def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
         """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
         inputs = {"make_loss": make_reward_loss, "optimisation": self.config.preference} | inputs
-        self._leaves("reward" if pairs.signs is None else "cost", name, inputs.get("config", self.config.network))
-        return self.stage(name, stages.fit_preference_model, start=start, pairs=pairs, seed=self.seed("fit"), **inputs)
+        role = "reward" if pairs.signs is None else "cost"
+        return self.stage(
+            name, stages.fit_preference_model, role, start=start, pairs=pairs, seed=self.seed("fit"), **inputs
+        )
 
     def lessons(self, policy: Params, judge: JudgeConfig) -> JudgingData:
         """People's comparisons and ratings of `policy`'s answers, for judges."""
@@ -194,9 +195,8 @@ class Pipeline:
         """An AI labeller taught on labels of `policy`'s answers, as the raw scorer that direct RLAIF asks."""
         data = put_preferred_first(self.lessons(policy, judge), judge.first_share, self.seed("order"))
         network, rate = judge.network(self.config.network), judge.optimisation.learning_rate / judge.width
-        self._leaves("judge", name, network)
         optimisation = dataclasses.replace(judge.optimisation, learning_rate=rate)
-        fitted = self.stage(name, judging.train_judge, config=network, data=data, optimisation=optimisation,
+        fitted = self.stage(name, judging.train_judge, "judge", config=network, data=data, optimisation=optimisation,
                             seed=self.seed(f"judge {judge.width}"))  # fmt: skip
         return Scorer(make=make_direct_score, model=make_language_model, config=network, fitted=fitted)
 
@@ -217,5 +217,4 @@ class Pipeline:
             "ppo": self.config.ppo, "optimisation": self.config.rl, "seed": self.seed("rl"), "ptx": self.cleaner,
             "prompts": self.prompts("rl", 4_096, self.config.rl_shares), "truth": self.config.truth,
         } | inputs  # fmt: skip
-        self._leaves("policy", name, inputs.get("config", self.config.network))
-        return self.stage(name, stages.train_policy, start=start, reward=reward, **inputs)
+        return self.stage(name, stages.train_policy, "policy", start=start, reward=reward, **inputs)

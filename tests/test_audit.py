@@ -109,6 +109,13 @@ def test_a_stage_that_is_gone_or_damaged_leaves_its_rows_absent_with_the_reason(
     assert "checksum" in rows["H2"]["reasons"][0] and entries["reward"] in rows["H7"]["reasons"][0]
 
 
+def test_a_run_without_preference_models_is_audited_as_far_as_it_goes(smoke):
+    parts = load(smoke("text"))
+    rows = {name: measure(name, parts) for name in ("R1", "P1", "P6")}
+    assert rows["R1"]["status"] == "absent" and "no stage in the role 'held out'" in rows["R1"]["reasons"][0]
+    assert rows["P1"]["status"] == rows["P6"]["status"] == "measured"
+
+
 def test_a_run_that_cannot_be_audited_is_refused_with_what_to_do(smoke_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         load(tmp_path)

@@ -181,7 +181,7 @@ class House(Pipeline):
             state = update(state, np.sum(share * costs, 1))
         return Policy(start, lambda rollout: reward(rollout) - weight * cost(rollout))
 
-    def stage(self, name, fn, people, method, optimisation, **inputs):
+    def stage(self, name, fn, role, people, method, optimisation, **inputs):
         """A game between three answers, one of each manner."""
         payoffs = people.payoffs if people.margins else (1 - 2 * people.flip) * games.scored_game(WORTH / 0.25)
         feedback = {"self-play": games.self_play, "reward model": games.reward_model, "oracle": told}[method]

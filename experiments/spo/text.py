@@ -70,7 +70,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         jobs[f"{method} cyclic"] = (method, cyclic)
     prompts = house.prompts("rl", 4_096, config.rl_shares)
     train = lambda name, method, people: house.stage(
-        name, stages.train_by_preferences, truth=config.truth, start=sft, people=people, method=method,
+        name, stages.train_by_preferences, "policy", truth=config.truth, start=sft, people=people, method=method,
         num_samples=config.num_samples, ppo=config.ppo, optimisation=config.rl, prompts=prompts, seed=house.seed("rl"))
     stages.side_by_side(*(lambda name=name, job=job: train(name, *job) for name, job in jobs.items()))
     curves = {name: read_metrics(run.path / "metrics.jsonl", name) for name in jobs}
