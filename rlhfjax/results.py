@@ -99,7 +99,9 @@ def section(file: pathlib.Path) -> str:
     """The table of one experiment, with its command and what its seeds cost."""
     judged, command = claims_of(file), f"python {file.as_posix()}"
     if not judged:
-        return f"### `{command}`\n\nNo report seed has run.\n"
+        done = len(list((file.parent / "results" / file.stem).glob("*-seed*.json")))
+        said = f"Not judged yet; report seeds that have run: {done}." if done else "No report seed has run."
+        return f"### `{command}`\n\n{said}\n"
     first = sorted(judged, key=lambda truth: truth.endswith("-teacher"))[0]
     others = {truth: {row["id"]: row for row in rows} for truth, rows in judged.items() if truth != first}
     rows = [line(row, {truth: by_id[row["id"]] for truth, by_id in others.items() if row["id"] in by_id})

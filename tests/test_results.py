@@ -81,6 +81,9 @@ def test_one_seed_has_no_interval_and_is_not_judged():
 def test_a_section_has_the_command_the_costs_and_the_analytic_truth_first(root):
     file = root / "spo/text.py"
     assert results.section(file) == "### `python experiments/spo/text.py`\n\nNo report seed has run.\n"
+    (seeds := file.parent / "results" / file.stem).mkdir(parents=True)
+    (seeds / "gold_world-seed1000.json").write_text("{}")
+    assert "Not judged yet; report seeds that have run: 1." in results.section(file)
     leave(file, "teacher", judged("teacher", {seed: SEEDS[seed] for seed in (1000, 1001)}, 60.0)[:1])
     leave(file, "analytic", judged())
     head, _, costs, _, _, _, *rows = results.section(file).splitlines()

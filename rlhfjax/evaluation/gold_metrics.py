@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.masked import masked_mean
-from rlhfjax.types import Rollout
+from rlhfjax.types import PreferenceBatch, Rollout
 from rlhfjax.worlds.behaviour import family, prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
 from rlhfjax.worlds.language import Family
@@ -56,6 +56,12 @@ def gold_values(world: GoldWorld, rollout: Rollout) -> dict[str, float]:
     return {name: float(value) for name, value in gold_metrics(world, rollout).items()}
 
 
+def worth(world: GoldWorld, pairs: PreferenceBatch) -> np.ndarray:
+    """Gold helpfulness r* of both answers of each pair, `[N, 2]`."""
+    gold = world.gold(np.repeat(np.asarray(pairs.prompts)[:, None], 2, 1), pairs.responses, pairs.responses_mask)
+    return np.asarray(gold.helpfulness)
+
+
 def best_of_n_curve(world: GoldWorld, score, n: int, rollout: Rollout) -> dict[str, dict[int, float]]:
     """Mean score ("proxy") and mean r* ("gold") of the answer that `score` likes best among 1, 4, 16, ... dividing n.
 
@@ -64,7 +70,7 @@ def best_of_n_curve(world: GoldWorld, score, n: int, rollout: Rollout) -> dict[s
     scores = np.asarray(score(rollout))
     gold = np.asarray(world.gold(rollout.prompts, rollout.tokens, rollout.mask).helpfulness)
     curve = {"proxy": {}, "gold": {}}
-    for k in (4**i for i in range(n) if n % 4**i == 0):
+    for k in (4**i for i in range(n.bit_length()) if n % 4**i == 0):
         groups = scores.reshape(-1, k)  # no group mixes two prompts
         best = np.arange(len(groups)) * k + groups.argmax(1)
         curve["proxy"][k], curve["gold"][k] = float(scores[best].mean()), float(gold[best].mean())

@@ -5,16 +5,11 @@ import scipy.special
 import scipy.stats
 
 from rlhfjax.evaluation.calibration import pair_accuracy, reliability
+from rlhfjax.evaluation.gold_metrics import worth
 from rlhfjax.feedback.judge import Verdicts
 from rlhfjax.rl.fit import take
 from rlhfjax.types import PreferenceBatch
 from rlhfjax.worlds.gold_world import GoldWorld
-
-
-def worth(world: GoldWorld, pairs: PreferenceBatch) -> np.ndarray:
-    """Gold helpfulness r* of both answers of each pair, `[N, 2]`."""
-    gold = world.gold(np.repeat(pairs.prompts[:, None], 2, 1), pairs.responses, pairs.responses_mask)
-    return np.asarray(gold.helpfulness)
 
 
 def told_apart(world: GoldWorld, pairs: PreferenceBatch) -> PreferenceBatch:

@@ -65,6 +65,7 @@ def at_one_kl(*curves: tuple[np.ndarray, np.ndarray]) -> list[float]:
 
 def first_crossing(values, aim: float, window: int = 5) -> int:
     """Steps until the mean of the last `window` of `values [n]` has reached `aim`; n + 1 if it never does."""
+    window = min(window, len(values))
     means = np.convolve(values, np.ones(window) / window, "valid")
     reached = np.flatnonzero(means >= aim)
     return int(reached[0]) + window if reached.size else len(values) + 1

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from rlhfjax.evaluation.gold_metrics import worth
 from rlhfjax.feedback.raters import Rater, compare
 from rlhfjax.types import PreferenceBatch, Rollout
 from rlhfjax.worlds.gold_world import GoldWorld
@@ -43,10 +44,10 @@ def length_controlled_win_rate(first, second, first_lengths, second_lengths) -> 
 
 def compare_policies(world: GoldWorld, first: Rollout, second: Rollout) -> dict[str, float]:
     """By r* of their answers to the same prompts: win_rate of the first, at_one_length, and elo."""
-    worth = [np.asarray(world.gold(r.prompts, r.tokens, r.mask).helpfulness) for r in (first, second)]
+    worths = [np.asarray(world.gold(r.prompts, r.tokens, r.mask).helpfulness) for r in (first, second)]
     lengths = [np.asarray(r.mask).sum(-1) for r in (first, second)]
-    wins = win_rate(*worth)
-    return {"win_rate": wins, "at_one_length": length_controlled_win_rate(*worth, *lengths), "elo": elo(wins)}
+    wins = win_rate(*worths)
+    return {"win_rate": wins, "at_one_length": length_controlled_win_rate(*worths, *lengths), "elo": elo(wins)}
 
 
 def order_agreement(one, other) -> float:
@@ -67,8 +68,6 @@ def people_win_rate(world: GoldWorld, rater: Rater, first: Rollout, second: Roll
 def gold_agreement(world: GoldWorld, pairs: PreferenceBatch, kept: np.ndarray) -> float:
     """Share of the pairs in `kept [N]` bool whose label favours the answer of higher r*; equal worths are left out, a
     label of 0.5 counts half."""
-    prompts = np.repeat(np.asarray(pairs.prompts)[:, None], 2, 1)
-    worth = np.asarray(world.gold(prompts, pairs.responses, pairs.responses_mask).helpfulness)
-    gap = worth[:, 0] - worth[:, 1]
+    gap = worth(world, pairs) @ [1, -1]
     kept = kept & (gap != 0)
     return float(np.mean((1 + np.sign(gap[kept]) * np.sign(np.asarray(pairs.prefs)[kept] - 0.5)) / 2))
