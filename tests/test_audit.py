@@ -77,6 +77,13 @@ def test_planted_fault_turns_its_row_red_and_few_others(parts, clean, fault):
     assert row in found and len(found) <= 3
 
 
+def test_harm_that_a_cost_model_does_not_see_is_measured(parts, clean):
+    seen = lambda row: [row["value"][f"harm_seen_{whose}"] for whose in ("start", "policy")]
+    assert seen(by_id(clean)["R4"]) == [1.0, 1.0]
+    assert seen(measure("R4", {**parts, "cost": lambda x: -parts["cost"](x)})) == [0.0, 0.0]
+    assert "harm_seen_start" not in measure("R4", {**parts, "cost": None})["value"]
+
+
 def test_the_command_writes_the_same_bytes_twice(smoke_run, tmp_path):
     declarations = tmp_path / "declarations.json"
     declarations.write_text(json.dumps(SIGNED))
@@ -161,10 +168,10 @@ def test_a_drop_in_worth_counts_only_while_the_score_rises(parts):
     rise = np.linspace(0, 1, 40)
     fall = np.where(rise < 0.5, rise, 1 - rise)
     history = {"gold_helpfulness": fall, "score": rise, "kl": 10 * rise}
-    found = overoptimised(history, answers, truth)
+    found = overoptimised(history, answers, answers, truth, world=None, cost=None)
     assert found["overoptimised_sd"] == pytest.approx(0.46, abs=0.02)
     assert found["kl_at_peak"] == pytest.approx(5, abs=0.3)
-    assert overoptimised({**history, "score": -rise}, answers, truth)["overoptimised_sd"] == 0
+    assert overoptimised({**history, "score": -rise}, answers, answers, truth, None, None)["overoptimised_sd"] == 0
 
 
 def test_agreement_leaves_ties_out():

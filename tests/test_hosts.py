@@ -224,7 +224,8 @@ def test_two_processes_compute_what_one_with_all_their_devices_does(finished):
 def test_process_0_alone_speaks_and_writes(finished):
     job = finished[2]
     assert "writing" in job.said(0) and "One seed is not judged" in job.said(0)
-    assert [line for line in job.said(1).splitlines() if "Gloo" not in line and "peer ranks" not in line] == []
+    gloo = set("Gloo Rank is connected to peer ranks Expected number of".split())  # says so in pieces, from its threads
+    assert set(re.findall("[A-Za-z]+", job.said(1))) <= gloo, job.said(1)
     assert "elapsed" in job.said(0, "err") and "elapsed" not in job.said(1, "err")
     assert {path.name for path in job.folder.iterdir() if path.is_dir()} == {"run", "cache"}
     assert len(list((job.run / "events").iterdir())) == 1
