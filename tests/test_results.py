@@ -1,6 +1,9 @@
 """RESULTS.md: what it says of made-up claims, what `--run` would run, and that the committed one is not stale."""
 
 import ast
+import dataclasses
+import importlib
+import json
 import pathlib
 import subprocess
 import types
@@ -8,9 +11,12 @@ import types
 import pytest
 
 from rlhfjax import results
-from rlhfjax.evaluation.claims import claims, judge, write_claims
+from rlhfjax.evaluation.claims import claims, judge, read_claims, write_claims
+from rlhfjax.experiment import PLACES
+from rlhfjax.io.run import config_hash
 
 ROOT = pathlib.Path(__file__).parents[1]
+TRUTHS = ("teacher", "analytic")  # the last is that of worlds without a truth
 PAPER = "SPO (2401.04056)"
 CLAIMS = claims(
     PAPER,
@@ -177,3 +183,33 @@ def test_no_experiment_imports_another():
                 imported.add(node.module if not node.level else "experiments")
         others = {"experiments", *(path.stem for path in file.parent.glob("*.py"))}
         assert not others & {name.partition(".")[0] for name in imported}, file
+
+
+FOLDERS = sorted(path for path in ROOT.glob("experiments/*/results/*") if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_committed_results_are_of_the_config_in_the_file_and_lack_no_statistic(folder):
+    """And committed verdicts follow from the committed seeds."""
+    experiment = importlib.import_module(f"experiments.{folder.parent.parent.name}.{folder.name}")
+    written = experiment.SCALES["cpu"]
+    by_label = {config.label: config for config in (dataclasses.replace(written, truth=truth) for truth in TRUTHS)}
+    named = {claim.statistic for claim in experiment.CLAIMS}
+    for path in (paths := sorted(folder.glob("*-seed*.json"))):
+        stored = json.loads(path.read_text())
+        assert set(stored) == {"world", "seed", "config_hash", "commit", "seconds", "statistics"}, path
+        config = by_label[stored["world"]]
+        assert path.name == f"{config.label}-seed{stored['seed']}.json"
+        version = (config.world.version, tuple(experiment.CLAIMS))
+        digest = config_hash(config, exclude=("seed", "seeds", *PLACES), extra=version)
+        assert stored["config_hash"] == digest, f"{path} was measured with other numbers or claims: repeat its report"
+        assert named <= set(stored["statistics"]), path
+    assert paths
+    for report in folder.glob("*-claims.json"):
+        rows, label = read_claims(report), report.name.removesuffix("-claims.json")
+        seeds = {seed: json.loads((folder / f"{label}-seed{seed}.json").read_text()) for seed in rows[0]["seeds"]}
+        context = {key: rows[0][key] for key in ("world", "config_hash", "commit", "seconds")}
+        measured = {seed: stored["statistics"] for seed, stored in seeds.items()}
+        for row, again in zip(rows, judge(experiment.CLAIMS, measured, **context), strict=True):
+            computed = {key: pytest.approx(again.pop(key), rel=1e-12) for key in ("mean", "ci95")}  # sums round anew
+            assert row == again | computed, report
