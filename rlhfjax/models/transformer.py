@@ -124,9 +124,10 @@ class Model:
         A cache that is too short is an error where its length is known and overwrites its end where it is traced.
     init_cache(batch_size, length) -> an empty Cache of `length` slots.
     logical_axes() -> the tree of params with a tuple of axis names in place of each array.
+    config: a TransformerConfig; of a wrapped network (`models.wrap`) anything with its `vocab_size`.
     """
 
-    config: TransformerConfig
+    config: Any
     init: Callable[..., Params]
     apply: Callable[..., tuple[jax.Array, Cache | None]]
     init_cache: Callable[[int, int], Cache]
@@ -298,7 +299,7 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
         )
 
     def apply(params: Params, tokens, mask, *, cache: Cache | None = None, num_outputs: int | None = None):
-        _check_inputs(config, tokens, mask, cache, num_outputs)
+        check_inputs(tokens, mask, cache, num_outputs)
         _check_params(params, shapes)
         num_tokens = tokens.shape[1]
         if cache is None:
@@ -345,7 +346,8 @@ def _rotation(config: TransformerConfig, positions: jax.Array, length: int) -> t
     return read(np.cos(angles)), read(np.sin(angles))
 
 
-def _check_inputs(config: TransformerConfig, tokens, mask, cache: Cache | None, num_outputs: int | None) -> None:
+def check_inputs(tokens, mask, cache: Cache | None, num_outputs: int | None) -> None:
+    """Raise unless these are arguments of `Model.apply`."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers [B, S], got {tokens.dtype} {tokens.shape}")
     if mask.dtype != bool:
