@@ -50,7 +50,7 @@ def one_step(lagrangian=False, multiplier=TINY, limit=-1.0, rollout=None, scores
     params, ref, critics, default_rollout, default_scores, costs = setting()
     rollout = default_rollout if rollout is None else rollout
     signals = (default_scores if scores is None else scores,) + ((costs,) if lagrangian else ())
-    init, step, _ = algorithm(lagrangian, multiplier, limit, **options)
+    init, step, *_ = algorithm(lagrangian, multiplier, limit, **options)
     state = init(params, *critics[: 2 if lagrangian else 1])
     return jax.jit(step)(state, ref, rollout, *signals, key=jax.random.key(7), ptx=ptx)
 
@@ -154,7 +154,7 @@ def test_padding_reaches_nothing():
 def test_one_trace_for_all_iterations():
     traces = []
     params, ref, critics, rollout, scores, costs = setting()
-    init, step, _ = algorithm(True)
+    init, step, *_ = algorithm(True)
 
     def counted(*args, **kwargs):
         traces.append(1)
@@ -240,7 +240,7 @@ def lambda_is_blind_to_kl(make_step):
     params, ref, critics, rollout, scores, costs = setting()
     seen = []
     for kl_coef in (0.0, 5.0):
-        init, step, _ = make_step(PPOConfig(kl_coef=kl_coef, num_minibatches=2))
+        init, step, *_ = make_step(PPOConfig(kl_coef=kl_coef, num_minibatches=2))
         _, metrics = step(init(params, *critics), ref, rollout, scores, costs, key=jax.random.key(0))
         seen.append(float(metrics["lambda"]))
     return abs(seen[0] - seen[1]) < 1e-6
@@ -282,9 +282,9 @@ def bandit(lagrangian, rewards, costs, steps, kl_coef, multiplier=TINY):
     config = PPOConfig(kl_coef=kl_coef, num_minibatches=4, whiten_advantages=False)
     if lagrangian:
         duals = make_multiplier(-0.05, multiplier)
-        init, step, _ = make_lagrangian_ppo(POLICY, CRITIC, optimizer, optimizer, config, duals)
+        init, step, *_ = make_lagrangian_ppo(POLICY, CRITIC, optimizer, optimizer, config, duals)
     else:
-        init, step, _ = make_ppo(POLICY, CRITIC, optimizer, optimizer, config)
+        init, step, *_ = make_ppo(POLICY, CRITIC, optimizer, optimizer, config)
     prompts, prompt_mask = jnp.full((256, 2), 3), jnp.ones((256, 2), bool)
     ref = POLICY.init(jax.random.key(5))
 
@@ -332,7 +332,7 @@ def test_lagrangian_ppo_reaches_the_known_dual():
 
 def test_without_reward_the_policy_stays_or_returns():
     params, ref, critics, rollout, scores, _ = setting()
-    init, step, _ = algorithm(kl_coef=0.5, whiten_advantages=False)
+    init, step, *_ = algorithm(kl_coef=0.5, whiten_advantages=False)
     zero = init(ref, CRITIC.init(jax.random.key(0)))
     state, _ = jax.jit(step)(zero, ref, rollout, jnp.zeros(ROWS), key=jax.random.key(0))
     assert_close(state.policy.params, ref, atol=1e-7)

@@ -193,12 +193,12 @@ def shipped(lagrangian, whiten, change_update=lambda update: update):
     config = dataclasses.replace(CONFIG, whiten_advantages=whiten)
     options = dict(key=jax.random.key(KEY), ptx=DEMOS)
     if not lagrangian:
-        init, step, _ = ppo.make_ppo(model, model, *optimizers, config)
+        init, step, *_ = ppo.make_ppo(model, model, *optimizers, config)
         state, metrics = jax.jit(step)(init(TABLE, CRITIC), REF_TABLE, ROLLOUT, SCORES, **options)
     else:
         multiplier = make_multiplier(LIMIT, DUAL)
         multiplier = multiplier._replace(update=change_update(multiplier.update))
-        init, step, _ = ppo.make_lagrangian_ppo(model, model, *optimizers, config, multiplier)
+        init, step, *_ = ppo.make_lagrangian_ppo(model, model, *optimizers, config, multiplier)
         learner = TrainState.create(jnp.log(OLD_LAMBDA), optax.sgd(DUAL.learning_rate))
         learner = dataclasses.replace(learner, step=jnp.int32(OLD_COUNT))
         moved = MultiplierState(learner=learner, cost_average=jnp.asarray(OLD_COST_AVERAGE))

@@ -63,7 +63,7 @@ def softmax(table, temperature=TEMPERATURE):
 
 def shipped(config, rollout=ROLLOUT, scores=SCORES, table=TABLE):
     """Policy and critic after one step of SGD."""
-    init, step, _ = ppo.make_ppo(TABLE_MODEL, TABLE_MODEL, optax.sgd(RATE), optax.sgd(CRITIC_RATE), config)
+    init, step, *_ = ppo.make_ppo(TABLE_MODEL, TABLE_MODEL, optax.sgd(RATE), optax.sgd(CRITIC_RATE), config)
     state, metrics = jax.jit(step)(init(table, CRITIC), REF_TABLE, rollout, scores, key=KEY)
     return np.asarray(state.policy.params), np.asarray(state.critic.params), metrics
 
@@ -113,7 +113,7 @@ def small_step(config):
     """One step on every answer in proportion to its probability, and the exact one."""
     table, answers = every_answer()
     score = np.random.default_rng(3).normal(size=(3, 3))
-    init, step, _ = ppo.make_ppo(TABLE_MODEL, TABLE_MODEL, optax.sgd(RATE), optax.sgd(CRITIC_RATE), config)
+    init, step, *_ = ppo.make_ppo(TABLE_MODEL, TABLE_MODEL, optax.sgd(RATE), optax.sgd(CRITIC_RATE), config)
     scores = jnp.asarray(score[tuple(answers.T)])
     state, _ = jax.jit(step)(init(table, CRITIC[:3]), REF_TABLE[:3, :3], rollout_of(answers, [2] * 16), scores, key=KEY)
     return np.asarray(state.policy.params), exact_step(table, score)

@@ -125,6 +125,7 @@ class Model:
     init_cache(batch_size, length) -> an empty Cache of `length` slots.
     logical_axes() -> the tree of params with a tuple of axis names in place of each array.
     config: a TransformerConfig; of a wrapped network (`models.wrap`) anything with its `vocab_size`.
+    base, scale: of a network that learns low-rank changes (`models.lora`): the network it changes, and by what factor.
     """
 
     config: Any
@@ -132,15 +133,33 @@ class Model:
     apply: Callable[..., tuple[jax.Array, Cache | None]]
     init_cache: Callable[[int, int], Cache]
     logical_axes: Callable[[], Any]
+    base: "Model | None" = None
+    scale: float = 1.0
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b"], meta_fields=["scale"])
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A matrix that stands for `weight + scale a @ b`, in its place among the parameters. See `models.lora`."""
+
+    weight: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+
 def _linear(x: jax.Array, weight: nnx.Param) -> jax.Array:
     """`x [..., d] @ weight [d, f]` in x's dtype; as one flat product, whose gradients need no transposes on a CPU."""
-    flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
+    flat, matrix = x.reshape(-1, x.shape[-1]), weight.get_value()
+    times = lambda x, matrix: x @ matrix.astype(x.dtype)
+    if isinstance(matrix, LowRank):
+        flat = times(flat, matrix.weight) + matrix.scale * times(times(flat, matrix.a), matrix.b)
+    else:
+        flat = times(flat, matrix)
     return flat.reshape(*x.shape[:-1], -1)
 
 
@@ -367,8 +386,9 @@ def check_inputs(tokens, mask, cache: Cache | None, num_outputs: int | None) -> 
 
 def _check_params(params: Params, wanted: Params) -> None:
     """Raise for parameters of another network: an index beyond their layers would be clamped in silence."""
+    whole = jax.tree.map(lambda x: getattr(x, "weight", x), params, is_leaf=lambda x: isinstance(x, LowRank))
     shape = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    have, want = shape(params), shape(wanted)
+    have, want = shape(whole), shape(wanted)
     for name in have | want:
         if have.get(name) != want.get(name):
             raise ValueError(f"params{name} is {have.get(name, 'absent')} where this network has "

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhfjax.models.lora import bind
+from rlhfjax.models.transformer import Model
 from rlhfjax.parallel.mesh import constrain_rows
 from rlhfjax.types import Params, TrainState
 
-LossFn = Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch) -> (loss, metrics)
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch, *frozen) -> (loss, metrics)
 
 
 def adamw(
@@ -72,22 +74,29 @@ def take(data: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(lambda x: np.asarray(x)[rows], data)
 
 
-def make_fit_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
-    """`fit_step(state, batches) -> (state, metrics)`: one optimiser step per batch, to be jitted (`parallel.jit_step`).
+def with_frozen(make_loss: Callable[[Model], LossFn], model: Model) -> LossFn:
+    """`loss_fn(params, batch, frozen)` of an adapted network, from a factory of losses such as `make_reward_loss`."""
+    return lambda params, batch, frozen: make_loss(bind(model, frozen))(params, batch)
 
-    `batches` is a pytree of arrays `[K, B, ...]`. Metrics are means over the K steps, with the loss under "loss";
-    "skipped" counts the steps that were left out because their loss or gradient was not finite.
+
+def make_fit_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
+    """`fit_step(state, batches, *frozen) -> (state, metrics)`: one optimiser step per batch, to be jitted
+    (`parallel.jit_step`).
+
+    `batches` is a pytree of arrays `[K, B, ...]`; frozen: what `loss_fn` takes besides (`with_frozen`). Metrics are
+    means over the K steps, with the loss under "loss"; "skipped" counts the steps that were left out because their loss
+    or gradient was not finite.
     """
 
-    def update(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch, *frozen) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = constrain_rows(batch)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, *frozen)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **metrics}
         finite = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
         return state.apply_gradients(grads, optimizer, where=finite), metrics | {"skipped": ~finite}
 
-    def fit_step(state: TrainState, batches) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = jax.lax.scan(update, state, batches)
+    def fit_step(state: TrainState, batches, *frozen) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = jax.lax.scan(lambda state, batch: update(state, batch, *frozen), state, batches)
         skipped = jnp.sum(metrics.pop("skipped"))
         return state, jax.tree.map(jnp.mean, metrics) | {"skipped": skipped}
 

@@ -4,6 +4,8 @@
 
 Both algorithms share everything but the advantage: plain PPO (one critic) uses A_r, Lagrangian PPO (Safe RLHF,
 2310.12773; a second critic and a multiplier) uses (A_r - lambda A_c) / (1 + lambda).
+
+Policy and critics may be adapted (`models.lora`): then their frozen weights are the reference policy's.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhfjax import losses, masked
+from rlhfjax.models.lora import bind
 from rlhfjax.models.transformer import Model
 from rlhfjax.parallel.mesh import constrain
 from rlhfjax.rl.multiplier import Multiplier, MultiplierState
@@ -111,12 +114,14 @@ class LagrangianPPOState:
 class Algorithm(NamedTuple):
     """`init(policy_params, ...) -> state`; `step(state, ref_params, rollout, *feedback, key=, ptx=)`.
 
-    logical_axes(): those of each learner's parameters, under its field of the state.
+    logical_axes(): those of each learner's parameters, under its field of the state. policy: the network that
+    `state.policy` holds the parameters of, if it is an adapted one.
     """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Metrics]]
     logical_axes: Callable[[], Mapping[str, Any]] = dict
+    policy: Model | None = None
 
 
 @pytree
@@ -158,25 +163,27 @@ def make_ppo(
         )
 
     def step(state: PPOState, ref_params, rollout, scores, *, key, ptx=None) -> tuple[PPOState, Metrics]:
-        old, ref, metrics = _logprobs(policy, state.policy.params, ref_params, rollout, config)
+        actor, judge = bind(policy, ref_params), bind(critic, ref_params)
+        old, ref, metrics = _logprobs(actor, state.policy.params, policy.base or policy, ref_params, rollout, config)
         scores = _penalise_unfinished(scores, rollout, config)
         rewards = losses.kl_shaped_rewards(
             scores, old, ref, rollout.mask, kl_coef=config.kl_coef, clip=config.reward_clip
         )
-        values = response_values(critic, state.critic.params, rollout)
+        values = response_values(judge, state.critic.params, rollout)
         advantages, returns = _gae(rewards, values, rollout, config)
         metrics |= {"score": jnp.mean(scores)} | _critic_metrics("critic", values, returns, rollout)
         learners, update_metrics = _train(
             {"policy": state.policy, "critic": state.critic},
             optimizers,
-            _loss_functions(policy, {"critic": critic}, config),
+            _loss_functions(actor, {"critic": judge}, config),
             _experience(rollout, old, advantages, {"critic": (values, returns)}, ptx, config),
             key,
             config,
         )
         return PPOState(**learners), metrics | update_metrics
 
-    return Algorithm(init, step, lambda: {"policy": policy.logical_axes(), "critic": critic.logical_axes()})
+    logical_axes = lambda: {"policy": policy.logical_axes(), "critic": critic.logical_axes()}
+    return Algorithm(init, step, logical_axes, policy)
 
 
 def make_lagrangian_ppo(
@@ -209,13 +216,14 @@ def make_lagrangian_ppo(
     ) -> tuple[LagrangianPPOState, Metrics]:
         _check_signal("costs", costs, rollout)
         multiplier_state = multiplier.update(state.multiplier, costs)
-        old, ref, metrics = _logprobs(policy, state.policy.params, ref_params, rollout, config)
+        actor, judge = bind(policy, ref_params), bind(critic, ref_params)
+        old, ref, metrics = _logprobs(actor, state.policy.params, policy.base or policy, ref_params, rollout, config)
         scores = _penalise_unfinished(scores, rollout, config)
         rewards, cost_rewards = losses.kl_shaped_rewards_and_costs(
             scores, costs, old, ref, rollout.mask, kl_coef=config.kl_coef, clip=config.reward_clip
         )
-        values = response_values(critic, state.critic.params, rollout)
-        cost_values = response_values(critic, state.cost_critic.params, rollout)
+        values = response_values(judge, state.critic.params, rollout)
+        cost_values = response_values(judge, state.cost_critic.params, rollout)
         advantages, returns = _gae(rewards, values, rollout, config)
         cost_advantages, cost_returns = _gae(cost_rewards, cost_values, rollout, config)
         mixed = losses.mixed_advantages(advantages, cost_advantages, multiplier_state.log_lambda)
@@ -232,7 +240,7 @@ def make_lagrangian_ppo(
         learners, update_metrics = _train(
             {"policy": state.policy, "critic": state.critic, "cost_critic": state.cost_critic},
             optimizers,
-            _loss_functions(policy, {"critic": critic, "cost_critic": critic}, config),
+            _loss_functions(actor, {"critic": judge, "cost_critic": judge}, config),
             _experience(rollout, old, mixed, targets, ptx, config),
             key,
             config,
@@ -241,10 +249,10 @@ def make_lagrangian_ppo(
 
     critics = ("critic", "cost_critic")
     logical_axes = lambda: {"policy": policy.logical_axes()} | dict.fromkeys(critics, critic.logical_axes())
-    return Algorithm(init, step, logical_axes)
+    return Algorithm(init, step, logical_axes, policy)
 
 
-def _logprobs(policy, params, ref_params, rollout, config) -> tuple[jax.Array, jax.Array, Metrics]:
+def _logprobs(policy, params, reference, ref_params, rollout, config) -> tuple[jax.Array, jax.Array, Metrics]:
     """The trainer's own log-probs (so the first ratio is exactly 1), the reference's, and what they say together."""
     if rollout.truncated:
         raise ValueError(
@@ -252,7 +260,7 @@ def _logprobs(policy, params, ref_params, rollout, config) -> tuple[jax.Array, j
             "training needs: sample training rollouts at plain temperature"
         )
     logprobs, entropy = response_logprobs(policy, params, rollout, temperature=config.temperature)
-    ref, _ = response_logprobs(policy, ref_params, rollout, temperature=config.temperature)
+    ref, _ = response_logprobs(reference, ref_params, rollout, temperature=config.temperature)
     logprobs, ref = jax.lax.stop_gradient((logprobs, ref))
     lengths = jnp.sum(rollout.mask, -1)
     per_sequence = lambda x: jnp.mean(masked.masked_sum(x, rollout.mask, -1))

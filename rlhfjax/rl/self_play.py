@@ -78,4 +78,4 @@ def make_iterated_reward(
         return dataclasses.replace(state, learner=inner, reward=fitted), metrics
 
     axes = lambda: learner.logical_axes() | {"reward": reward.logical_axes()}
-    return Algorithm(init, step, axes)
+    return Algorithm(init, step, axes, learner.policy)

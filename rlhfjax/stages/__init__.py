@@ -27,6 +27,7 @@ from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
 from rlhfjax.feedback.self_play import MANNERS, Population, manners, sibling_preferences
 from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
+from rlhfjax.models.lora import LoraConfig, adapt, bind, combine, merge
 from rlhfjax.models.transformer import (
     Model,
     TransformerConfig,
@@ -35,7 +36,7 @@ from rlhfjax.models.transformer import (
     scalar_params_from,
 )
 from rlhfjax.parallel import mesh
-from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take
+from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take, with_frozen
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
 from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_score, pair_scores
@@ -103,11 +104,12 @@ class RLConfig:
 
 
 def fit(
-    loss_fn: LossFn, params: Params, data, config: FitConfig, *, axes=None, seed: int, monitor: Monitor, label: str
-) -> Params:
+    loss_fn: LossFn, params: Params, data, config: FitConfig, *, axes=None, frozen: tuple = (), seed: int,
+    monitor: Monitor, label: str,
+) -> Params:  # fmt: skip
     """Minimise `loss_fn` over `data` (a pytree of host arrays with a leading row axis) and return the parameters.
 
-    axes: the logical axes of `params`; only a mesh needs them.
+    axes: the logical axes of `params`; only a mesh needs them. frozen: placed parameters that `loss_fn` takes besides.
     """
     optimizer = adamw(config.learning_rate, config.num_steps, weight_decay=config.weight_decay)
     start = lambda params: TrainState.create(jax.tree.map(jnp.copy, params), optimizer)  # donated: a copy
@@ -117,7 +119,7 @@ def fit(
 
     def step(state: TrainState, first: int, clock: Clock):
         rows = batch_order(seed, first, min(stride, config.num_steps - first), len(data), config.batch_size)
-        return fit_step(state, mesh.place_rows(take(data, rows), axis=1))
+        return fit_step(state, mesh.place_rows(take(data, rows), axis=1), *frozen)
 
     state = monitor.train(step, state, config.num_steps, label=label, stride=stride)
     return mesh.fetch(state.params)
@@ -130,21 +132,47 @@ def train_language_model(
     optimisation: FitConfig,
     seed: int,
     start: Params | None = None,
+    lora: LoraConfig | None = None,
     label: str,
     monitor: Monitor,
 ) -> Params:
-    """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count)."""
+    """A base model from scratch (all tokens count), or supervised fine-tuning from `start` (responses count).
+
+    lora: fine-tune low-rank changes of `start`, which are merged into the result.
+    """
     check_shapes(demonstrations, prompt_mask=demonstrations.prompts.shape, mask=demonstrations.tokens.shape,
                  prompts=(len(demonstrations), demonstrations.prompts.shape[1]))  # fmt: skip
     check_mask("demonstrations.prompt_mask", demonstrations.prompt_mask, padded="left")
     check_mask("demonstrations.mask", demonstrations.mask, padded="right")
     if (largest := int(max(np.max(demonstrations.prompts), np.max(demonstrations.tokens)))) >= config.vocab_size:
         raise ValueError(f"demonstrations use token {largest}, vocab_size is {config.vocab_size}: raise it")
-    model = make_language_model(config)
-    loss_fn = make_next_token_loss(model, prompts=start is None)
+    model, key = make_language_model(config), jax.random.key(seed)
+    make_loss = functools.partial(make_next_token_loss, prompts=start is None)
+    fit_it = functools.partial(fit, data=demonstrations, config=optimisation, seed=seed, monitor=monitor, label=label)
+    if lora is not None:
+        if start is None:
+            raise ValueError("lora changes a model that is there already: give `start`, or train in full")
+        frozen = mesh.place(start, model.logical_axes())
+        return _whole(adapt(model, lora), frozen, _fit_changes(fit_it, make_loss, adapt(model, lora), frozen, key))
     axes = model.logical_axes()
-    params = mesh.create(model.init, jax.random.key(seed), axes=axes) if start is None else start
-    return fit(loss_fn, params, demonstrations, optimisation, axes=axes, seed=seed, monitor=monitor, label=label)
+    params = mesh.create(model.init, key, axes=axes) if start is None else start
+    return fit_it(make_loss(model), params, axes=axes)
+
+
+def _fit_changes(fit_it: Callable, make_loss: Callable, learner: Model, frozen: Params, key: jax.Array) -> Params:
+    """Low-rank changes of `frozen`, fitted from none."""
+    axes = learner.logical_axes()
+    return fit_it(with_frozen(make_loss, learner), mesh.create(learner.init, key, axes=axes), axes=axes,
+                  frozen=(frozen,))  # fmt: skip
+
+
+def _whole(learner: Model, frozen: Params, params: Params) -> Params:
+    """The weights of a learner, with its changes merged into those beneath them, on the host."""
+    if learner.base is None:
+        return mesh.fetch(params)
+    layout = mesh.shardings(jax.eval_shape(functools.partial(merge, learner), frozen, params),
+                            learner.base.logical_axes())  # fmt: skip
+    return mesh.fetch(jax.jit(functools.partial(merge, learner), out_shardings=layout)(frozen, params))
 
 
 def fit_preference_model(
@@ -154,17 +182,23 @@ def fit_preference_model(
     pairs: PreferenceBatch,
     make_loss: Callable,
     optimisation: FitConfig,
+    lora: LoraConfig | None = None,
     seed: int,
     label: str,
     monitor: Monitor,
 ) -> Params:
-    """A reward or cost model (`make_loss`: see `rl.preference_models`): a language model's trunk with a zero head."""
+    """A reward or cost model (`make_loss`: see `rl.preference_models`): a language model's trunk with a zero head.
+
+    lora: fit low-rank changes of `start` and the head, and return them alone.
+    """
     check_pairs(pairs)
-    model = make_scalar_model(config)
+    model, key = make_scalar_model(config), jax.random.key(seed)
     axes, trunk = model.logical_axes(), mesh.place(start, make_language_model(config).logical_axes())
+    fit_it = functools.partial(fit, data=pairs, config=optimisation, seed=seed, monitor=monitor, label=label)
+    if lora is not None:
+        return _fit_changes(fit_it, make_loss, adapt(model, lora), trunk, key)
     warm = lambda trunk, key: scalar_params_from(trunk, model, key)
-    params = mesh.create(warm, trunk, jax.random.key(seed), axes=axes)
-    return fit(make_loss(model), params, pairs, optimisation, axes=axes, seed=seed, monitor=monitor, label=label)
+    return fit_it(make_loss(model), mesh.create(warm, trunk, key, axes=axes), axes=axes)
 
 
 def run_rl(
@@ -199,8 +233,7 @@ def run_rl(
     init = lambda *params: jax.tree.map(jnp.copy, algorithm.init(*params))  # donated: the caller's networks survive
     state = mesh.create(init, *params, axes=axes)
     update = mesh.jit_step(algorithm.step, state, axes)
-    for_decoding = jax.jit(lambda params: params, out_shardings=mesh.shardings(
-        state.policy.params, axes.get("policy"), mesh.DECODE_RULES))  # fmt: skip
+    for_decoding = _decoding_layout(algorithm.policy, axes.get("policy"), ref_params, state.policy.params)
     two = lambda key: (*jax.random.split(key), jax.random.fold_in(key, 2))
     keys = jax.jit(lambda key, iteration: two(jax.random.fold_in(key, iteration)))
     base_key = jax.random.key(seed)
@@ -209,8 +242,8 @@ def run_rl(
         rows = np.repeat(batch_order(seed, iteration, 1, len(prompts), batch_size // num_samples)[0], num_samples)
         sample_key, step_key, feedback_key = keys(base_key, jax.device_put(np.int32(iteration)))
         with clock("rollout"):
-            rollout = sample(for_decoding(state.policy.params), *mesh.place_rows(take((prompts, prompt_mask), rows)),
-                             sample_key)  # fmt: skip
+            rollout = sample(for_decoding(ref_params, state.policy.params),
+                             *mesh.place_rows(take((prompts, prompt_mask), rows)), sample_key)  # fmt: skip
             jax.block_until_ready(rollout)
         with clock("feedback"):
             signals = feedback(rollout, feedback_key)
@@ -227,6 +260,18 @@ def run_rl(
 
     shown = ("score", "cost", "lambda", "kl")
     return monitor.train(step, state, num_iterations, label=label, unit="iterations", shown=shown)
+
+
+def _decoding_layout(policy: Model | None, axes, ref_params: Params, params: Params) -> Callable:
+    """`(ref_params, params) -> ` what the sampler reads, laid out for decoding; an adapted policy, with its changes
+    beside the frozen weights."""
+    if policy is None or policy.base is None:
+        read = lambda ref_params, params: params
+    else:
+        read = functools.partial(combine, policy)
+        axes = read(policy.base.logical_axes(), axes)
+    shapes = jax.eval_shape(read, ref_params, params)
+    return jax.jit(read, out_shardings=mesh.shardings(shapes, axes, mesh.DECODE_RULES))
 
 
 def side_by_side(*jobs: Callable[[], object]) -> list:
@@ -285,27 +330,32 @@ class Scorer:
     """A fitted network that says one number of every response: `make(model(config))(fitted, rollout) -> [B]`.
 
     make: `rl.preference_models.make_reward` with a ScoreModel as `fitted`, say, or `make_score` with bare parameters.
-    config: of the scoring network, which need not be the policy's.
+    config: of the scoring network, which need not be the policy's. lora, frozen: of an adapted network, whose own
+    parameters are changes of these frozen ones (a language model's).
     """
 
     make: Callable
     config: TransformerConfig
     fitted: Any
     model: Callable[[TransformerConfig], Model] = make_scalar_model
+    lora: LoraConfig | None = None
+    frozen: Params | None = None
 
-    @property
-    def placed(self) -> Any:
-        """`fitted` on the devices of the mesh."""
-        return mesh.place(self.fitted, self.model(self.config).logical_axes())
+    def placed(self, frozen: Params | None = None) -> Any:
+        """What `program` takes, on the devices of the mesh. frozen: its frozen weights, if they lie there already."""
+        model = _network(self.model, self.config, self.lora)
+        if frozen is None and self.frozen is not None:
+            frozen = mesh.place(self.frozen, make_language_model(self.config).logical_axes())
+        return mesh.place(self.fitted, model.logical_axes()), frozen
 
     @property
     def program(self) -> Callable[[Any, Rollout], jax.Array]:
         """`(placed, rollout) -> [B]`, compiled once for all stages of a process."""
-        return _scorer(self.make, self.model, self.config)
+        return _scorer(self.make, self.model, self.config, self.lora)
 
     def __call__(self, rollout: Rollout) -> np.ndarray:
         """What it says of any number of responses, `[B]`."""
-        return _in_rows(self.program, self.placed, rollout)
+        return _in_rows(self.program, self.placed(), rollout)
 
     @property
     def raw(self) -> "Scorer":
@@ -314,15 +364,22 @@ class Scorer:
 
 
 @functools.cache
-def _scorer(make: Callable, model: Callable, config: TransformerConfig):
-    scorer = make(model(config))
-    return jax.jit(lambda fitted, rollout: mesh.constrain(scorer(fitted, rollout), None))
+def _network(model: Callable[[TransformerConfig], Model], config: TransformerConfig, lora: LoraConfig | None) -> Model:
+    return model(config) if lora is None else adapt(model(config), lora)
 
 
 @functools.cache
-def _pair_scorer(config: TransformerConfig):
-    model = make_scalar_model(config)
-    return jax.jit(lambda params, pairs: mesh.constrain(pair_scores(model, params, pairs), None, None))
+def _scorer(make: Callable, model: Callable, config: TransformerConfig, lora: LoraConfig | None):
+    network = _network(model, config, lora)
+    score = lambda placed, rollout: make(bind(network, placed[1]))(placed[0], rollout)
+    return jax.jit(lambda placed, rollout: mesh.constrain(score(placed, rollout), None))
+
+
+@functools.cache
+def _pair_scorer(config: TransformerConfig, lora: LoraConfig | None):
+    network = _network(make_scalar_model, config, lora)
+    score = lambda placed, pairs: pair_scores(bind(network, placed[1]), placed[0], pairs)
+    return jax.jit(lambda placed, pairs: mesh.constrain(score(placed, pairs), None, None))
 
 
 def _in_rows(program: Callable, fitted: Any, data: Any, block: int = 2_048) -> np.ndarray:
@@ -351,9 +408,13 @@ def sample_responses(
     return rollout
 
 
-def raw_pair_scores(config: TransformerConfig, params: Params, pairs: PreferenceBatch) -> np.ndarray:
-    """Unscaled scores `[N, 2]` of a reward or cost model for both responses of each pair."""
-    return _in_rows(_pair_scorer(config), mesh.place(params, make_scalar_model(config).logical_axes()), pairs)
+def raw_pair_scores(
+    config: TransformerConfig, params: Params, pairs: PreferenceBatch, lora: LoraConfig | None = None,
+    frozen: Params | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Unscaled scores `[N, 2]` of a preference model for both responses of each pair. lora, frozen: see `Scorer`."""
+    model = Scorer(make=make_score, config=config, fitted=params, lora=lora, frozen=frozen)
+    return _in_rows(_pair_scorer(config, lora), model.placed(), pairs)
 
 
 def scale_scores(
@@ -435,6 +496,7 @@ def train_policy(
     optimisation: RLConfig,
     prompts: Prompts,
     critic: tuple[TransformerConfig, Params] | None = None,
+    lora: LoraConfig | None = None,
     ptx: Demonstrations | None = None,
     watch: Mapping[str, Scorer] = MappingProxyType({}),
     seed: int,
@@ -444,16 +506,18 @@ def train_policy(
     """The policy after RL on a reward; with `cost`, `limit` and `multiplier`, after Lagrangian PPO.
 
     limit: on the mean cost, in the cost's units. critic: the network whose trunk the critics start from, with a fresh
-    zero head; by default the reward's and the cost's own, as in Safe RLHF. ptx: demonstrations, used where
+    zero head; by default the reward's and the cost's own, as in Safe RLHF. lora: learn low-rank changes of `start`,
+    merged into the result; critics do so where their reward model does. ptx: demonstrations, used where
     `ppo.ptx_coef` is positive. watch: what else to log of the rollouts, as means by name, that no learner sees.
     """
     constraint = (cost, limit, multiplier)
     if any(part is None for part in constraint) and any(part is not None for part in constraint):
         raise ValueError("cost, limit and multiplier make one constraint: give all three or none")
-    world, policy = gold_world(truth), make_language_model(config)
+    world, policy = gold_world(truth), _network(make_language_model, config, lora)
     scorers = (reward,) if cost is None else (reward, cost)
     trunks = [critic or (scorer.config, scorer.fitted.params) for scorer in scorers]
-    scalar = make_scalar_model(trunks[0][0])  # of one shape: `scalar_params_from` refuses another
+    # Of one shape: `scalar_params_from` refuses another.
+    scalar = _network(make_scalar_model, trunks[0][0], None if critic else reward.lora)
     headless = lambda params: {name: value for name, value in params.items() if name != "head"}
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
     if multiplier is None:
@@ -461,10 +525,14 @@ def train_policy(
     else:
         learner = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
     warm = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
-    init = lambda start, *trunks: learner.init(start, *map(warm, trunks))
-    start = mesh.place(start, policy.logical_axes())
-    told = [(scorer.program, scorer.placed) for scorer in scorers]
-    seen = {name: (scorer.program, scorer.placed) for name, scorer in watch.items()}
+    first = (lambda start: start) if lora is None else (lambda start: policy.init(jax.random.key(seed)))
+    init = lambda start, *trunks: learner.init(first(start), *map(warm, trunks))
+    shared, start = start, mesh.place(start, make_language_model(config).logical_axes())
+    place = lambda scorer: (scorer.program, scorer.placed(start if _equal(scorer.frozen, shared) else None))
+    if scalar.base is not None and not _equal(reward.frozen, shared):
+        raise ValueError("critics that change frozen weights change the policy's: fit the reward and cost models on "
+                         "top of the policy that RL starts from, or give a `critic`")  # fmt: skip
+    told, seen = [place(scorer) for scorer in scorers], {name: place(scorer) for name, scorer in watch.items()}
     means = lambda rollout: {name: jnp.mean(program(fitted, rollout)) for name, (program, fitted) in seen.items()}
     state = run_rl(
         algorithm=learner._replace(init=init),
@@ -485,7 +553,14 @@ def train_policy(
     if multiplier is not None:
         _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
                        multiplier.maximum)  # fmt: skip
-    return mesh.fetch(state.policy.params)
+    return _whole(policy, start, state.policy.params)
+
+
+def _equal(a: Params | None, b: Params | None) -> bool:
+    """Whether these host parameters are the same, to the bit."""
+    if a is None or b is None or jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return a is b or all(x is y or np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b))))
 
 
 def train_by_preferences(
