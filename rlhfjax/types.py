@@ -41,6 +41,15 @@ def _pytree(static: tuple[str, ...] = ()):
 pytree = _pytree()
 
 
+def added(default: Any) -> Any:
+    """A config field that came after results were stored: at its default it is no part of a config's fingerprint.
+
+    The hash that names a stored result feeds every field of its config, so a plain new one would orphan them all,
+    although at its default nothing computes differently.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 @_pytree(static=("truncated",))
 class Rollout:
     """Prompts and the responses that a policy sampled for them.

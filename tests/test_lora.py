@@ -58,8 +58,12 @@ def test_low_rank_is_the_algebra_of_merged_weights(model):
     np.testing.assert_allclose(whole["blocks"]["attention"]["query"][1], by_hand, atol=1e-6)
 
 
+def test_rank_0_trains_in_full():
+    assert adapt(FULL, LoraConfig()) is FULL and bind(FULL, None) is FULL
+
+
 def test_only_the_targets_learn():
-    few = adapt(FULL, LoraConfig(targets=("query", "down")))
+    few = adapt(FULL, LoraConfig(rank=16, targets=("query", "down")))
     tree = few.init(jax.random.key(0))
     assert set(tree) == {"blocks"} and set(tree["blocks"]) == {"attention", "mlp"}
     assert set(tree["blocks"]["attention"]) == {"query"} and set(tree["blocks"]["mlp"]) == {"down"}
@@ -152,7 +156,7 @@ def test_weights_in_bfloat16_keep_small_changes():
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: LoraConfig(rank=0), ValueError, "rank must be at least 1 and alpha positive, got 0"),
+        (lambda: LoraConfig(rank=-1), ValueError, "rank must not be negative and alpha positive, got -1"),
         (lambda: LoraConfig(targets=("q_proj",)), ValueError, r"targets must be some of query, .*, got q_proj"),
         (lambda: LoraConfig(targets=()), ValueError, "got none"),
         (lambda: adapt(wrap(lambda key: {}, lambda *args: 0), LORA), TypeError, "only the library's own transformer"),

@@ -102,8 +102,11 @@ def _feed(update: Callable[[bytes], None], obj: Any, path: str) -> None:
         text("array", str(array.dtype), array.shape)
         update(np.ascontiguousarray(array).tobytes())
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        text("dataclass", _name(type(obj)), len(dataclasses.fields(obj)))
-        for field in dataclasses.fields(obj):
+        # A field of rlhfjax.types.added stays out at its default, or every config stored before it had another hash.
+        absent = lambda field: field.metadata.get("added", False) and getattr(obj, field.name) == field.default
+        fields = [field for field in dataclasses.fields(obj) if not absent(field)]
+        text("dataclass", _name(type(obj)), len(fields))
+        for field in fields:
             text(field.name)
             _feed(update, getattr(obj, field.name), f"{path}.{field.name}")
     elif isinstance(obj, Mapping):

@@ -25,18 +25,21 @@ TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 class LoraConfig:
     """Which matrices of every block change, and how much they may."""
 
-    rank: int = 16
-    """Of the change of each matrix."""
+    rank: int = 0
+    """Of the change of each matrix; 0: no LoRA, the network is trained in full."""
     alpha: float = 32.0
     """The change is scaled by alpha / rank, so that the learning rate need not follow the rank."""
     targets: tuple[str, ...] = TARGETS
     """Names of the matrices; one that a network lacks (the gate of a plain MLP) is passed over."""
 
     def __post_init__(self):
-        if self.rank < 1 or not 0 < self.alpha < float("inf"):
-            raise ValueError(f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+        if self.rank < 0 or not 0 < self.alpha < float("inf"):
+            raise ValueError(f"rank must not be negative and alpha positive, got {self.rank} and {self.alpha}")
         if not self.targets or set(self.targets) - set(TARGETS):
             raise ValueError(f"targets must be some of {', '.join(TARGETS)}, got {', '.join(self.targets) or 'none'}")
+
+
+IN_FULL = LoraConfig()
 
 
 def adapt(model: Model, config: LoraConfig) -> Model:
@@ -44,8 +47,11 @@ def adapt(model: Model, config: LoraConfig) -> Model:
 
         {"blocks": {"attention": {"query": {"a" [L, d_in, rank], "b" [L, rank, d_out]}, ...}, ...}, "head" [d]}
 
-    and it reads tokens only once `bind` has put frozen weights beneath. Source: Hu et al. (2106.09685).
+    and it reads tokens only once `bind` has put frozen weights beneath. At rank 0 it is `model` itself.
+    Source: Hu et al. (2106.09685).
     """
+    if config.rank == 0:
+        return model
     if not isinstance(model.config, TransformerConfig):
         raise TypeError("only the library's own transformer can be adapted: train a wrapped network in full")
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -5,15 +5,19 @@ model (`[B, S]`: reward, cost and value heads). Parameters are a plain nested di
 
     {"embed", "blocks": {"attention_norm", "attention", "mlp_norm", "mlp"}, "final_norm", "head"}
 
+(with norms behind attention and MLP, `attention_post_norm` and `mlp_post_norm`, and a table of `positions`, where the
+config asks for them)
+
 whose block arrays are stacked on a leading layer axis, so that a deep stack is one `jax.lax.scan` (compile time does
 not grow with depth) and a shallow one is unrolled (faster on a CPU, above all when decoding).
 
 **Padding** may stand anywhere: a mask says which tokens are kept. Padded tokens are never attended to, their ids are
-never read, and positions count kept tokens only, so left padding shifts nothing. Outputs at padded positions are finite
-and mean nothing.
+never read, and positions count kept tokens only, so left padding shifts nothing, be they rotary, learned or what a
+sliding window counts. Outputs at padded positions are finite and mean nothing.
 
-**Precision**: parameters are float32. With `compute_dtype="bfloat16"` matrix products and activations are bfloat16,
-while norms' statistics, rotary angles, softmax and outputs stay float32.
+**Precision**: `init` draws float32 parameters; bfloat16 ones, as checkpoints have them, do as well. With
+`compute_dtype="bfloat16"` matrix products and activations are bfloat16, while norms' statistics, rotary angles, softmax
+and outputs stay float32.
 """
 
 import dataclasses
@@ -28,9 +32,10 @@ from flax import nnx
 
 from rlhfjax.masked import at_last
 from rlhfjax.parallel.mesh import constrain
-from rlhfjax.types import Params, pytree
+from rlhfjax.types import Params, added, pytree
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu,
+                "gelu_exact": functools.partial(jax.nn.gelu, approximate=False)}  # fmt: skip
 _DEEP = 8  # layers above which one scanned block beats an unrolled stack: compile time against decode speed
 _RESIDUAL = ("batch", None, None)  # the residual stream [B, S, d]: split by rows, whole otherwise
 _HIDDEN = -1e30  # a score no softmax sees; finite, so that a row that sees nothing gives no NaN
@@ -38,16 +43,32 @@ _HIDDEN = -1e30  # a score no softmax sees; finite, so that a row that sees noth
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """The shape of a pre-norm decoder without biases. The defaults are Llama's choices.
+    """The shape of a pre-norm decoder. The defaults are Llama's choices.
 
     num_kv_heads: key/value heads shared by groups of query heads (GQA); None: as many as `num_heads`.
     head_dim: None: `d_model / num_heads`.
-    norm: "rms" (scale) or "layer" (scale and bias).
+    norm: "rms" (scale), "rms_plus_one" (Gemma's: its scale is 1 + the parameter, which float32 cannot store as a sum
+        and give back bit for bit) or "layer" (scale and bias).
     mlp: "gated", `down(act(gate(x)) * up(x))`, or "plain", `down(act(up(x)))`.
-    activation: "gelu" is the tanh approximation.
+    activation: "gelu" is the tanh approximation, "gelu_exact" the error function.
     tie_embeddings: a language model's logits are read with the embedding itself.
     scan_layers: None scans stacks deeper than 8 layers and unrolls the others.
     remat: recompute each block in the backward pass instead of storing its activations.
+    biases: which linear maps have one: "qkv", "out" (of attention), "mlp".
+    qk_norm: queries and keys are normed per head, before rotary positions.
+    post_norms: what attention and MLP add to the residual stream is normed too.
+    parallel: the MLP reads the stream that attention reads, not what attention has added to it.
+    embed_scale: embeddings are multiplied by sqrt(d_model).
+    num_positions: rows of a learned table of positions, used instead of rotary ones; None: rotary. A position beyond
+        the table gives NaN.
+    rotary_dim: how many of a head's first dimensions are rotated; None: all.
+    rope_factor: rotary frequencies are divided by it (linear scaling), those of `rope_band` less or not at all.
+    rope_band: None, or Llama 3.1's (low, high, length): frequencies that turn more than `high` times in `length`
+        positions are kept, fewer than `low` times are divided, between the two they are blended.
+    window: a token sees this many tokens, itself included; None: all. full_layers: layers (from 0) that see all still.
+    window_rope_theta: of the layers with a window, unscaled; None: rotary positions as in the others.
+    query_scalar: attention scores are divided by its square root; None: head_dim.
+    attention_softcap, logit_softcap: scores, and a language model's logits, become `cap * tanh(x / cap)`.
     """
 
     vocab_size: int
@@ -57,34 +78,63 @@ class TransformerConfig:
     d_ff: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     mlp: Literal["gated", "plain"] = "gated"
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "relu", "gelu_exact"] = "silu"
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     scan_layers: bool | None = None
     remat: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    biases: tuple[Literal["qkv", "out", "mlp"], ...] = added(())
+    qk_norm: bool = added(False)
+    post_norms: bool = added(False)
+    parallel: bool = added(False)
+    embed_scale: bool = added(False)
+    num_positions: int | None = added(None)
+    rotary_dim: int | None = added(None)
+    rope_factor: float = added(1.0)
+    rope_band: tuple[float, float, int] | None = added(None)
+    window: int | None = added(None)
+    full_layers: tuple[int, ...] = added(())
+    window_rope_theta: float | None = added(None)
+    query_scalar: float | None = added(None)
+    attention_softcap: float | None = added(None)
+    logit_softcap: float | None = added(None)
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads", "rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("biases", "full_layers", "rope_band"):  # JSON has lists, and a config must be hashable
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "kv_heads", "rope_theta", "norm_eps",
+                     "num_positions", "rotary_size", "rope_factor", "window", "window_rope_theta", "query_scalar",
+                     "attention_softcap", "logit_softcap"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         for name, choices in (
-            ("norm", ("rms", "layer")),
+            ("norm", ("rms", "rms_plus_one", "layer")),
             ("mlp", ("gated", "plain")),
             ("activation", tuple(_ACTIVATIONS)),
             ("compute_dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if unknown := set(self.biases) - {"qkv", "out", "mlp"}:
+            raise ValueError(f"biases must be some of qkv, out, mlp, got {sorted(unknown)}")
+        if beyond := set(self.full_layers) - set(range(self.num_layers)):
+            raise ValueError(f"full_layers must lie in 0..{self.num_layers - 1}, got {sorted(beyond)}")
+        if self.rope_band is not None and not 0 < self.rope_band[0] < self.rope_band[1] < float("inf"):
+            raise ValueError(f"rope_band must be (low, high, length) with 0 < low < high, got {self.rope_band}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide d_model={self.d_model}, or set head_dim")
-        if self.head_size < 2 or self.head_size % 2:
+        if self.num_positions is None and (self.head_size < 2 or self.head_size % 2):
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_size}")
+        if self.num_positions is None and (self.rotary_size > self.head_size or self.rotary_size % 2):
+            raise ValueError(f"rotary_dim must be even and at most head_dim={self.head_size}, got {self.rotary_dim}")
 
     @property
     def kv_heads(self) -> int:
@@ -93,6 +143,15 @@ class TransformerConfig:
     @property
     def head_size(self) -> int:
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        return self.head_size if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """For each layer, whether it has the window."""
+        return tuple(self.window is not None and i not in self.full_layers for i in range(self.num_layers))
 
     @property
     def scans(self) -> bool:
@@ -152,41 +211,59 @@ class LowRank:
     scale: float
 
 
-def _linear(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """`x [..., d] @ weight [d, f]` in x's dtype; as one flat product, whose gradients need no transposes on a CPU."""
+def _bias(size: int, axis: str, wanted: bool) -> nnx.Param | None:
+    return nnx.Param(jnp.zeros(size), axes=(axis,)) if wanted else None
+
+
+def _linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+    """`x [..., d] @ weight [d, f] + bias [f]` in x's dtype; as one flat product, whose gradients need no transposes on
+    a CPU."""
     flat, matrix = x.reshape(-1, x.shape[-1]), weight.get_value()
     times = lambda x, matrix: x @ matrix.astype(x.dtype)
     if isinstance(matrix, LowRank):
         flat = times(flat, matrix.weight) + matrix.scale * times(times(flat, matrix.a), matrix.b)
     else:
         flat = times(flat, matrix)
+    if bias is not None:
+        flat = flat + constrain(bias[...], None).astype(x.dtype)
     return flat.reshape(*x.shape[:-1], -1)
 
 
 class Norm(nnx.Module):
     """RMSNorm, `x / rms(x) * scale`, or LayerNorm, `(x - mean) / std * scale + bias`; statistics in float32."""
 
-    def __init__(self, config: TransformerConfig):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.d_model), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros(config.d_model), axes=("embed",)) if config.norm == "layer" else None
+    def __init__(self, config: TransformerConfig, size: int, axis: str = "embed"):
+        self.eps, self.plus_one = config.norm_eps, config.norm == "rms_plus_one"
+        self.scale = nnx.Param(jnp.zeros(size) if self.plus_one else jnp.ones(size), axes=(axis,))
+        self.bias = _bias(size, axis, config.norm == "layer")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - jnp.mean(y, -1, keepdims=True)
         # Gathered first: split along d they would split the activations, whose rows are split already.
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps) * constrain(self.scale[...], None)
+        scale = constrain(self.scale[...], None)
+        scale = 1.0 + scale.astype(jnp.float32) if self.plus_one else scale
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps) * scale
         if self.bias is not None:
             y = y + constrain(self.bias[...], None)
         return y.astype(x.dtype)
 
 
-def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions on the last axis of `x [B, T, ..., D]`, pairing i with i + D/2 as Llama's public weights do."""
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Rotary positions on the first R of the last axis of `x [B, T, ..., D]`, pairing i with i + R/2 as Llama's public
+    weights do; R is twice the width of the angles. None: as it is."""
+    if rotation is None:
+        return x
     cos, sin = (r.astype(x.dtype) for r in rotation)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :size], 2, axis=-1)
+    rest = [x[..., size:]] if size < x.shape[-1] else []
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], -1)
+
+
+def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Attention(nnx.Module):
@@ -194,55 +271,73 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.kv_heads, self.head_size = config.kv_heads, config.head_size
+        self.query_scalar, self.softcap = config.query_scalar or config.head_size, config.attention_softcap
         width, all_q, all_kv = config.d_model, config.num_heads * config.head_size, config.kv_heads * config.head_size
         self.query = _weight(rngs, (width, all_q), width**-0.5, ("embed", "heads"))
         self.key = _weight(rngs, (width, all_kv), width**-0.5, ("embed", "kv_heads"))
         self.value = _weight(rngs, (width, all_kv), width**-0.5, ("embed", "kv_heads"))
         self.out = _weight(rngs, (all_q, width), (all_q * 2 * config.num_layers) ** -0.5, ("heads", "embed"))
+        self.query_bias = _bias(all_q, "heads", "qkv" in config.biases)
+        self.key_bias = _bias(all_kv, "kv_heads", "qkv" in config.biases)
+        self.value_bias = _bias(all_kv, "kv_heads", "qkv" in config.biases)
+        self.out_bias = _bias(width, "embed", "out" in config.biases)
+        norm = lambda: Norm(config, config.head_size, "head_dim") if config.qk_norm else None
+        self.query_norm, self.key_norm = norm(), norm()
 
     def __call__(self, x, rotation, visible, start, cached):
         """`x [B, T, d]`; `visible [B, 1, 1, T, S]` bool; `cached` (keys, values) to write at slot `start`, or None."""
         b, t, _ = x.shape
-        queries = _rotate(_linear(x, self.query).reshape(b, t, self.kv_heads, -1, self.head_size), rotation)
-        keys = _rotate(_linear(x, self.key).reshape(b, t, self.kv_heads, 1, self.head_size), rotation)[..., 0, :]
-        values = _linear(x, self.value).reshape(b, t, self.kv_heads, self.head_size)
+        queries = _linear(x, self.query, self.query_bias).reshape(b, t, self.kv_heads, -1, self.head_size)
+        keys = _linear(x, self.key, self.key_bias).reshape(b, t, self.kv_heads, 1, self.head_size)
+        if self.query_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)[..., 0, :]
+        values = _linear(x, self.value, self.value_bias).reshape(b, t, self.kv_heads, self.head_size)
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, H, S, D]: the layout that decodes fastest
         if cached is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
             keys, values = write(cached[0], keys), write(cached[1], values)
         scores = jnp.einsum("bthgd,bhsd->bhgts", queries, keys, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(visible, scores * self.head_size**-0.5, _HIDDEN), axis=-1)
+        scores = _softcap(scores * self.query_scalar**-0.5, self.softcap)
+        weights = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1)
         mixed = jnp.einsum("bhgts,bhsd->bthgd", weights.astype(x.dtype), values).reshape(b, t, -1)
-        return _linear(mixed, self.out), None if cached is None else (keys, values)
+        return _linear(mixed, self.out, self.out_bias), None if cached is None else (keys, values)
 
 
 class Mlp(nnx.Module):
     """`down(act(gate(x)) * up(x))`, or without the gate."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        d, f = config.d_model, config.d_ff
+        d, f, gated, biased = config.d_model, config.d_ff, config.mlp == "gated", "mlp" in config.biases
         self.activation = config.activation
-        self.gate = _weight(rngs, (d, f), d**-0.5, ("embed", "mlp")) if config.mlp == "gated" else None
+        self.gate = _weight(rngs, (d, f), d**-0.5, ("embed", "mlp")) if gated else None
         self.up = _weight(rngs, (d, f), d**-0.5, ("embed", "mlp"))
         self.down = _weight(rngs, (f, d), (f * 2 * config.num_layers) ** -0.5, ("mlp", "embed"))
+        self.gate_bias, self.up_bias = _bias(f, "mlp", biased and gated), _bias(f, "mlp", biased)
+        self.down_bias = _bias(d, "embed", biased)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act, up = _ACTIVATIONS[self.activation], _linear(x, self.up)
-        hidden = act(up) if self.gate is None else act(_linear(x, self.gate)) * up
-        return _linear(hidden, self.down)
+        act, up = _ACTIVATIONS[self.activation], _linear(x, self.up, self.up_bias)
+        hidden = act(up) if self.gate is None else act(_linear(x, self.gate, self.gate_bias)) * up
+        return _linear(hidden, self.down, self.down_bias)
 
 
 class Block(nnx.Module):
     """Attention and MLP, each on a normed copy of the residual stream."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.attention = Norm(config), Attention(config, rngs)
-        self.mlp_norm, self.mlp = Norm(config), Mlp(config, rngs)
+        norm = lambda wanted=True: Norm(config, config.d_model) if wanted else None
+        self.attention_norm, self.attention = norm(), Attention(config, rngs)
+        self.mlp_norm, self.mlp = norm(), Mlp(config, rngs)
+        self.attention_post_norm, self.mlp_post_norm = norm(config.post_norms), norm(config.post_norms)
+        self.parallel = config.parallel
 
     def __call__(self, x, rotation, visible, start, cached):
         mixed, cached = self.attention(self.attention_norm(x), rotation, visible, start, cached)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cached
+        mixed = mixed if self.attention_post_norm is None else self.attention_post_norm(mixed)
+        after = x + mixed
+        hidden = self.mlp(self.mlp_norm(x if self.parallel else after))
+        return after + (hidden if self.mlp_post_norm is None else self.mlp_post_norm(hidden)), cached
 
 
 class Ends(nnx.Module):
@@ -253,20 +348,31 @@ class Ends(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, head_shape: tuple[int, ...] | None, head_std: float):
         self.compute_dtype, width = config.compute_dtype, config.d_model
+        self.embed_scale = width**0.5 if config.embed_scale else None
+        self.softcap = None if head_shape == () else config.logit_softcap
         self.embed = _weight(rngs, (config.vocab_size, width), width**-0.5, ("vocab", "embed"))
-        self.final_norm = Norm(config)
+        self.final_norm = Norm(config, width)
         axes = ("embed", "vocab")[: 1 + len(head_shape or ())]
         self.head = None if head_shape is None else _weight(rngs, (width, *head_shape), head_std, axes)
+        rows = config.num_positions
+        self.positions = None if rows is None else _weight(rngs, (rows, width), width**-0.5, ("positions", "embed"))
 
-    def enter(self, tokens: jax.Array) -> jax.Array:
+    def enter(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         # An id outside the vocabulary becomes NaN: an index would be clamped, or wrapped, in silence.
         table = constrain(self.embed[...], "vocab", None, what="the embedding")
         tokens = jnp.where(tokens >= 0, tokens, table.shape[0])
-        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.compute_dtype)
+        x = jnp.take(table, tokens, axis=0, mode="fill").astype(self.compute_dtype)
+        if self.embed_scale is not None:
+            x = x * jnp.asarray(self.embed_scale, x.dtype)
+        if self.positions is not None:
+            table = constrain(self.positions[...], "positions", None, what="the table of positions")
+            x = x + jnp.take(table, positions, axis=0, mode="fill").astype(x.dtype)
+        return x
 
     def leave(self, x: jax.Array) -> jax.Array:
         head = self.embed[...].T if self.head is None else self.head[...]
-        return jnp.tensordot(self.final_norm(x), head.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+        outputs = jnp.tensordot(self.final_norm(x), head.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+        return _softcap(outputs, self.softcap)
 
 
 def make_language_model(config: TransformerConfig) -> Model:
@@ -319,7 +425,7 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
 
     def apply(params: Params, tokens, mask, *, cache: Cache | None = None, num_outputs: int | None = None):
         check_inputs(tokens, mask, cache, num_outputs)
-        _check_params(params, shapes)
+        check_params(params, shapes)
         num_tokens = tokens.shape[1]
         if cache is None:
             start, seen, keep = 0, 0, mask
@@ -327,25 +433,28 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
         else:
             start, seen, layers = cache.length, jnp.sum(cache.mask, axis=1, keepdims=True), cache.layers
             keep = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-        rotation = _rotation(config, seen + jnp.cumsum(mask, axis=1) - mask, keep.shape[1])
-        causal = jnp.arange(keep.shape[1]) <= start + jnp.arange(num_tokens)[:, None]
-        visible = (causal & keep[:, None])[:, None, None]
+        positions, windowed = seen + jnp.cumsum(mask, axis=1) - mask, config.windowed
+        views = {kind: _view(config, positions, keep, start, kind) for kind in set(windowed)}
 
-        def block(x, layer):
-            block_params, cached = layer
-            x, cached = nnx.merge(block_def, block_params)(x, rotation, visible, start, cached)
+        def block(x, block_params, cached, view):
+            x, cached = nnx.merge(block_def, block_params)(x, *view, start, cached)
             return constrain(x, *_RESIDUAL, what="activations"), cached
 
         if config.remat:
             block = jax.checkpoint(block, prevent_cse=not config.scans)
         ends = nnx.merge(ends_def, {name: value for name, value in params.items() if name != "blocks"})
-        x = constrain(ends.enter(jnp.where(mask, tokens, 0)), *_RESIDUAL, what="activations")
+        x = ends.enter(jnp.where(mask, tokens, 0), jnp.where(mask, positions, 0))
+        x = constrain(x, *_RESIDUAL, what="activations")
         if config.scans:
-            x, layers = jax.lax.scan(block, x, (params["blocks"], layers))
+            select = lambda has: jax.tree.map(lambda *ab: jnp.where(has, *ab), views[True], views[False])
+            view_of = select if len(views) == 2 else lambda has: views[windowed[0]]
+            layered = (params["blocks"], layers, jnp.array(windowed))
+            x, layers = jax.lax.scan(lambda x, layer: block(x, *layer[:2], view_of(layer[2])), x, layered)
         else:
             written = []
             for i, cached in enumerate(layers):
-                x, pair = block(x, (jax.tree.map(lambda p, i=i: p[i], params["blocks"]), cached))
+                here = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
+                x, pair = block(x, here, cached, views[windowed[i]])
                 written.append(pair)
             layers = written
         outputs = ends.leave(x if num_outputs is None else x[:, -num_outputs:])
@@ -354,13 +463,37 @@ def _make_model(config: TransformerConfig, head_shape: tuple[int, ...] | None, h
     return Model(config=config, init=init, apply=apply, init_cache=init_cache, logical_axes=logical_axes)
 
 
-def _rotation(config: TransformerConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles at `positions [B, T] < length`: two `[B, T, 1, 1, head_dim / 2]` float32.
+def _view(config: TransformerConfig, positions, keep, start, windowed: bool) -> tuple[Any, jax.Array]:
+    """How a layer, with the window or without, sees: rotary angles, and `visible [B, 1, 1, T, S]` bool.
+
+    positions `[B, T]` of the tokens read now, which stand in slots `start, start + 1, ...` of `keep [B, S]`.
+    """
+    slots = jnp.arange(keep.shape[1])
+    visible = (slots <= start + jnp.arange(positions.shape[1])[:, None]) & keep[:, None]
+    if windowed:
+        visible &= positions[:, :, None] - (jnp.cumsum(keep, axis=1) - keep)[:, None] < config.window
+    return _rotation(config, positions, keep.shape[1], windowed), visible[:, None, None]
+
+
+def _rotation(config: TransformerConfig, positions: jax.Array, length: int, windowed: bool):
+    """cos and sin of the rotary angles at `positions [B, T] < length`: two `[B, T, 1, 1, rotary_dim / 2]` float32, or
+    None where positions are learned.
 
     Read from a constant table: XLA would otherwise fuse, and so repeat, the sines in every use of them.
     """
-    half = config.head_size // 2
-    angles = np.outer(np.arange(length), config.rope_theta ** (-np.arange(half) / half))
+    if config.num_positions is not None:
+        return None
+    half = config.rotary_size // 2
+    if windowed and config.window_rope_theta is not None:
+        frequencies = config.window_rope_theta ** (-np.arange(half) / half)
+    else:
+        frequencies = config.rope_theta ** (-np.arange(half) / half)
+        kept = 0.0
+        if config.rope_band is not None:
+            low, high, span = config.rope_band
+            kept = np.clip((span * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / config.rope_factor)
+    angles = np.outer(np.arange(length), frequencies)
     read = lambda table: jnp.asarray(table, jnp.float32)[positions][:, :, None, None]
     return read(np.cos(angles)), read(np.sin(angles))
 
@@ -384,7 +517,7 @@ def check_inputs(tokens, mask, cache: Cache | None, num_outputs: int | None) -> 
             raise ValueError(f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots of which {used} are used")
 
 
-def _check_params(params: Params, wanted: Params) -> None:
+def check_params(params: Params, wanted: Params) -> None:
     """Raise for parameters of another network: an index beyond their layers would be clamped in silence."""
     whole = jax.tree.map(lambda x: getattr(x, "weight", x), params, is_leaf=lambda x: isinstance(x, LowRank))
     shape = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -419,5 +552,5 @@ def scalar_params_from(params: Params, scalar_model: Model, key: jax.Array) -> P
     head = jax.jit(lambda key: scalar_model.init(key)["head"])(key)
     warm = jax.tree.map(jnp.copy, trunk) | {"head": head}
 
-    _check_params(warm, jax.eval_shape(scalar_model.init, key))
+    check_params(warm, jax.eval_shape(scalar_model.init, key))
     return warm

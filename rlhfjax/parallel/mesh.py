@@ -31,6 +31,8 @@ TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "head_dim": None,
+    "positions": None,
 }
 # A decoding step reads all parameters for one token per row: gathering them along fsdp each time would dominate it.
 DECODE_RULES = {**TRAIN_RULES, "embed": None}

@@ -27,7 +27,7 @@ from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
 from rlhfjax.feedback.self_play import MANNERS, Population, manners, sibling_preferences
 from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
-from rlhfjax.models.lora import LoraConfig, adapt, bind, combine, merge
+from rlhfjax.models.lora import IN_FULL, LoraConfig, adapt, bind, combine, merge
 from rlhfjax.models.transformer import (
     Model,
     TransformerConfig,
@@ -132,7 +132,7 @@ def train_language_model(
     optimisation: FitConfig,
     seed: int,
     start: Params | None = None,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig = IN_FULL,
     label: str,
     monitor: Monitor,
 ) -> Params:
@@ -149,7 +149,7 @@ def train_language_model(
     model, key = make_language_model(config), jax.random.key(seed)
     make_loss = functools.partial(make_next_token_loss, prompts=start is None)
     fit_it = functools.partial(fit, data=demonstrations, config=optimisation, seed=seed, monitor=monitor, label=label)
-    if lora is not None:
+    if lora.rank:
         if start is None:
             raise ValueError("lora changes a model that is there already: give `start`, or train in full")
         frozen = mesh.place(start, model.logical_axes())
@@ -182,7 +182,7 @@ def fit_preference_model(
     pairs: PreferenceBatch,
     make_loss: Callable,
     optimisation: FitConfig,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig = IN_FULL,
     seed: int,
     label: str,
     monitor: Monitor,
@@ -195,7 +195,7 @@ def fit_preference_model(
     model, key = make_scalar_model(config), jax.random.key(seed)
     axes, trunk = model.logical_axes(), mesh.place(start, make_language_model(config).logical_axes())
     fit_it = functools.partial(fit, data=pairs, config=optimisation, seed=seed, monitor=monitor, label=label)
-    if lora is not None:
+    if lora.rank:
         return _fit_changes(fit_it, make_loss, adapt(model, lora), trunk, key)
     warm = lambda trunk, key: scalar_params_from(trunk, model, key)
     return fit_it(make_loss(model), mesh.create(warm, trunk, key, axes=axes), axes=axes)
@@ -338,7 +338,7 @@ class Scorer:
     config: TransformerConfig
     fitted: Any
     model: Callable[[TransformerConfig], Model] = make_scalar_model
-    lora: LoraConfig | None = None
+    lora: LoraConfig = IN_FULL
     frozen: Params | None = None
 
     def placed(self, frozen: Params | None = None) -> Any:
@@ -364,19 +364,19 @@ class Scorer:
 
 
 @functools.cache
-def _network(model: Callable[[TransformerConfig], Model], config: TransformerConfig, lora: LoraConfig | None) -> Model:
-    return model(config) if lora is None else adapt(model(config), lora)
+def _network(model: Callable[[TransformerConfig], Model], config: TransformerConfig, lora: LoraConfig) -> Model:
+    return adapt(model(config), lora)
 
 
 @functools.cache
-def _scorer(make: Callable, model: Callable, config: TransformerConfig, lora: LoraConfig | None):
+def _scorer(make: Callable, model: Callable, config: TransformerConfig, lora: LoraConfig):
     network = _network(model, config, lora)
     score = lambda placed, rollout: make(bind(network, placed[1]))(placed[0], rollout)
     return jax.jit(lambda placed, rollout: mesh.constrain(score(placed, rollout), None))
 
 
 @functools.cache
-def _pair_scorer(config: TransformerConfig, lora: LoraConfig | None):
+def _pair_scorer(config: TransformerConfig, lora: LoraConfig):
     network = _network(make_scalar_model, config, lora)
     score = lambda placed, pairs: pair_scores(bind(network, placed[1]), placed[0], pairs)
     return jax.jit(lambda placed, pairs: mesh.constrain(score(placed, pairs), None, None))
@@ -409,7 +409,7 @@ def sample_responses(
 
 
 def raw_pair_scores(
-    config: TransformerConfig, params: Params, pairs: PreferenceBatch, lora: LoraConfig | None = None,
+    config: TransformerConfig, params: Params, pairs: PreferenceBatch, lora: LoraConfig = IN_FULL,
     frozen: Params | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Unscaled scores `[N, 2]` of a preference model for both responses of each pair. lora, frozen: see `Scorer`."""
@@ -496,7 +496,7 @@ def train_policy(
     optimisation: RLConfig,
     prompts: Prompts,
     critic: tuple[TransformerConfig, Params] | None = None,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig = IN_FULL,
     ptx: Demonstrations | None = None,
     watch: Mapping[str, Scorer] = MappingProxyType({}),
     seed: int,
@@ -517,7 +517,7 @@ def train_policy(
     scorers = (reward,) if cost is None else (reward, cost)
     trunks = [critic or (scorer.config, scorer.fitted.params) for scorer in scorers]
     # Of one shape: `scalar_params_from` refuses another.
-    scalar = _network(make_scalar_model, trunks[0][0], None if critic else reward.lora)
+    scalar = _network(make_scalar_model, trunks[0][0], IN_FULL if critic else reward.lora)
     headless = lambda params: {name: value for name, value in params.items() if name != "head"}
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
     if multiplier is None:
@@ -525,7 +525,7 @@ def train_policy(
     else:
         learner = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
     warm = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
-    first = (lambda start: start) if lora is None else (lambda start: policy.init(jax.random.key(seed)))
+    first = lambda start: policy.init(jax.random.key(seed)) if lora.rank else start
     init = lambda start, *trunks: learner.init(first(start), *map(warm, trunks))
     shared, start = start, mesh.place(start, make_language_model(config).logical_axes())
     place = lambda scorer: (scorer.program, scorer.placed(start if _equal(scorer.frozen, shared) else None))
