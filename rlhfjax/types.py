@@ -50,6 +50,12 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
+def telling_fields(config: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass that its fingerprint is made of: all but those `added` ones that hold their default."""
+    silent = lambda f: f.metadata.get("added", False) and getattr(config, f.name) == f.default
+    return [field for field in dataclasses.fields(config) if not silent(field)]
+
+
 @_pytree(static=("truncated",))
 class Rollout:
     """Prompts and the responses that a policy sampled for them.

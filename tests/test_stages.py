@@ -269,7 +269,7 @@ def test_preference_models_speak_in_units_of_the_start():
 def test_any_number_of_responses_is_scored_in_blocks():
     scorer, rollout = reward(score_model(0)), answers(20)
     whole = scorer(rollout)
-    parts = stages._in_rows(scorer.program, scorer.placed, rollout, block=8)
+    parts = stages._in_rows(scorer.program, scorer.placed(), rollout, block=8)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     assert parts.shape == (20,)
 

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from rlhfjax.io.launch import Preempted, barrier, broadcast, is_main, stop_requested
 from rlhfjax.io.monitor import Monitor
+from rlhfjax.types import telling_fields
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 # These only present, judge or schedule what stages return. Everything else under rlhfjax is part of every key.
@@ -102,9 +103,7 @@ def _feed(update: Callable[[bytes], None], obj: Any, path: str) -> None:
         text("array", str(array.dtype), array.shape)
         update(np.ascontiguousarray(array).tobytes())
     elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        # A field of rlhfjax.types.added stays out at its default, or every config stored before it had another hash.
-        absent = lambda field: field.metadata.get("added", False) and getattr(obj, field.name) == field.default
-        fields = [field for field in dataclasses.fields(obj) if not absent(field)]
+        fields = telling_fields(obj)
         text("dataclass", _name(type(obj)), len(fields))
         for field in fields:
             text(field.name)

@@ -24,13 +24,14 @@ import rlhfjax
 from rlhfjax.io.cache import PACKAGE, device, fingerprint, layout, library_code, versions
 from rlhfjax.io.launch import broadcast, is_main
 from rlhfjax.io.monitor import Guard, Monitor
+from rlhfjax.types import telling_fields
 
 
 def config_hash(config: Any, *, exclude: tuple[str, ...] = (), extra: Any = None) -> str:
     """16 hex digits that name a config dataclass without its `exclude` fields (the seed, say), and whatever `extra`
     decides the result besides (a world's version and constants, say)."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if unknown := set(exclude) - set(fields):
+    fields = {field.name: getattr(config, field.name) for field in telling_fields(config)}
+    if unknown := set(exclude) - {field.name for field in dataclasses.fields(config)}:
         raise ValueError(f"{type(config).__name__} has no field {sorted(unknown)} to leave out of its hash")
     return fingerprint(({name: value for name, value in fields.items() if name not in exclude}, extra))[:16]
 
