@@ -499,9 +499,9 @@ def _shape_of(path: pathlib.Path, number: int, row: Mapping[str, Any]) -> str:
 
 def _check(record: Record) -> None:
     """Refuse what can be read and not learned from."""
-    if not any(text.strip() for _, text in record.prompt):
-        raise Drop("empty prompt", "nothing is asked")
     if len(record.responses) == 2 and record.responses[0] == record.responses[1]:
         raise Drop("identical pair", "both responses are the same")
+    if not any(text.strip() for _, text in record.prompt):
+        raise Drop("empty prompt", "nothing is asked")
     if not all(text.strip() for text in record.responses):
         raise Drop("empty response", "a response has no text")

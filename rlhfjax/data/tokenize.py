@@ -145,7 +145,8 @@ class ChatTokenizer:
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
         """Texts in which no special token is meant."""
-        return self.hf(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.hf(texts, **options).input_ids if texts else []
 
     def _render(self, messages: Iterable[Message], *, spans: bool = False, **options) -> tuple[str, list]:
         """The rendered text, with `spans` also those of `{% generation %}`. Drop: the template refuses the messages."""
