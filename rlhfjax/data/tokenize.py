@@ -313,8 +313,10 @@ def prompts(
     records: Iterable[Record], tokenizer: ChatTokenizer, lengths: Lengths = Lengths(), *, report: Report | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Prompts for RL, each once: tokens and mask `[N, P]`, left padded. As above."""
-    once = list({record.prompt: record for record in reversed(list(records))}.values())[::-1]
-    return _arrays(once, lambda record: (), 0, tokenizer, lengths, report)[1]
+    once: dict[tuple[Message, ...], Record] = {}
+    for record in records:
+        once.setdefault(record.prompt, record)
+    return _arrays(once.values(), lambda record: (), 0, tokenizer, lengths, report)[1]
 
 
 def _arrays(

@@ -64,8 +64,10 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         records, report = read(self._paths, shape=self.SHAPE, seed=self._seed)
         train, test = split_by_prompt(records, self._held_out, self._seed)
         splits = {name: list(self._rows(rows, report)) for name, rows in (("train", train), ("test", test))}
+        if not any(splits.values()):
+            raise ValueError(f"no comparison is left\n{report.table()}")
         self.info.metadata.update(report.to_json())
-        return {name: iter(rows) for name, rows in splits.items()}
+        return {name: iter(rows) for name, rows in splits.items() if rows}  # TFDS cannot write an empty split
 
     def _rows(self, records: list[Record], report: Report):
         for key, record in enumerate(records):
