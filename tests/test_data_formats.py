@@ -53,6 +53,8 @@ ROWS = [  # what it is, its shape, a row, its record
      Record(prompt=TALKED, responses=("a", "b"), pref=1.0)),
     ("a prompt of Human and Assistant", "trl", {"prompt": TALK, "chosen": " a", "rejected": " b"},
      Record(prompt=TALKED, responses=(" a", " b"), pref=1.0)),
+    ("a prompt of Human alone", "trl", {"prompt": "\n\nHuman: hi", "chosen": "a", "rejected": "b"},
+     replace(SAFE, pref=1.0)),
     ("a soft label", "trl", TRL | {"soft_label": 0.25}, replace(SAFE, pref=0.25)),
     ("a margin", "trl", TRL | {"margin": 2}, replace(SAFE, pref=1.0, margin=2.0)),
     ("two ratings", "trl", RATED, replace(SAFE, pref=1.0, margin=2.5)),
@@ -379,7 +381,9 @@ def test_the_report_is_a_table_and_json(tmp_path):
     _, report = read(paths)
     said = report.table()
     assert f"| {paths[0]} | trl | 6 | 1 | 1 identical pair, 4 empty response | - |" in said
-    assert "| all | | 7 | 2 | 5 | |" in said
+    assert "| all | | 7 | 2 | 5 | |" in said and "not read" not in said
+    noted = read(write(tmp_path / "c.jsonl", [TRL | {"winner": "model_a", "id": 3}]))[1]
+    assert "c.jsonl: columns not read: id, winner" in noted.table()
     assert "empty response: row 3: a response has no text; row 4: a response has no text; row 5" in said
     assert "(and 1 more)" in said
     first = json.loads(json.dumps(report.to_json(examples=2)))["files"][0]

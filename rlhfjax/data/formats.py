@@ -92,6 +92,8 @@ def read(
                 if columns is None:
                     file.shape = shape or _shape_of(path, number, row)
                     columns = KNOWN & row.keys()
+                    if unread := sorted(row.keys() - KNOWN):
+                        report.notes.append(f"{path}: columns not read: {', '.join(unread)}")
                 if different := columns ^ (KNOWN & row.keys()):
                     name = sorted(different)[0]
                     raise Drop("malformed", f"field {name!r} is missing" if name in columns else
@@ -268,6 +270,9 @@ READERS = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "di
 
 # Fields: each names itself when it refuses
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+MARKER, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
+
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a flag", type(None): "nothing"}
@@ -283,7 +288,7 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 def _as_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise Drop("malformed", f"field {name!r} must be text, got {_kind(value)}")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         raise Drop("malformed", f"field {name!r} holds half of a surrogate pair, which no text can")
     return value
 
@@ -334,31 +339,30 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
     return tuple((_as_text(m["role"], f"{name}.role"), _as_text(m["content"], f"{name}.content")) for m in value)
 
 
-MARKER, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
+def _dialogue(value: Any, name: str) -> tuple[Message, ...]:
+    """Messages, as they are or written as Human and Assistant; () for a text of no such form."""
+    if not isinstance(value, str):
+        return _messages(value, name)
+    if not MARKER.match(_as_text(value, name)):
+        return ()
+    _, *parts = MARKER.split(value)
+    return tuple((ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2]))
 
 
 def _prompt(row: Mapping[str, Any], name: str = "prompt") -> tuple[Message, ...]:
-    """Messages, a dialogue of Human and Assistant, or a text that counts as one message of the user."""
-    value = _field(row, name)
-    if not isinstance(value, str):
-        return _messages(value, name)
-    before, response = _turns(value, name)
-    return before + ((("assistant", response),) if response else ()) if before else (("user", _text(row, name)),)
+    """A dialogue, without the turn that waits for an answer ("Assistant:"); or a text, which counts as the user's."""
+    messages = _dialogue(_field(row, name), name)
+    return messages[: -1 if messages[-1:] == (("assistant", ""),) else None] or (("user", _text(row, name)),)
 
 
 def _turns(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
-    """(what came before, the response): the last turn of a dialogue, be it messages or Human and Assistant; or a text
-    with nothing before it."""
-    if isinstance(value, str) and MARKER.match(_as_text(value, name)):
-        _, *parts = MARKER.split(value)
-        turns = tuple((ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2]))
-    elif isinstance(value, str):
+    """(what came before, the response): a dialogue that ends with a response, or a text with nothing before it."""
+    messages = _dialogue(value, name)
+    if not messages:
         return (), value
-    else:
-        turns = _messages(value, name)
-    if turns[-1][0] != "assistant":
-        raise Drop("malformed", f"field {name!r} must end with a turn of the assistant, not of {turns[-1][0]!r}")
-    return turns[:-1], turns[-1][1]
+    if messages[-1][0] != "assistant":
+        raise Drop("malformed", f"field {name!r} must end with a turn of the assistant, not of {messages[-1][0]!r}")
+    return messages[:-1], messages[-1][1]
 
 
 # Shapes: a row -> a Record, or a Drop
@@ -372,8 +376,7 @@ def _trl(row: Mapping[str, Any]) -> Record:
     if before:  # a prompt beside whole dialogues is a part of them, or what came before
         prompt = before if all(message in before for message in prompt) else prompt + before
     elif "prompt" not in row and chosen != rejected:
-        text = os.path.commonprefix([chosen, rejected])
-        text = text[: len(text.rstrip()) if text != text.rstrip() else max(text.rfind(c) for c in " \n\t") + 1].rstrip()
+        text = re.match(r"(?s:.*\s)?", os.path.commonprefix([chosen, rejected]))[0].rstrip()  # words stay whole
         prompt, chosen, rejected = (("user", text),), chosen[len(text) :], rejected[len(text) :]
     pref = _soft(row, 1.0)
     return Record(prompt=prompt, responses=(chosen, rejected), pref=pref, margin=_margin(row, pref))
