@@ -68,6 +68,7 @@ def sentencepiece(first: bool):
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     model.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(
         vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *alphabet], show_progress=False))
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>",
                                                 eos_token="</s>", chat_template=INST)  # fmt: skip
     return ChatTokenizer(fast)
@@ -104,6 +105,7 @@ def test_a_dialogue_is_tokenised_as_transformers_tokenises_its_rendering(trained
     assert render(whole[:-1], add_generation_prompt=True) == before
     theirs = render(whole)
     assert theirs[: len(before)] == before
+    assert before.count(tokenizer.hf.bos_token_id) == (0 if tokenizer.hf.bos_token is None else 1)  # no second BOS
     if maker == "Human and Assistant":
         theirs.append(tokenizer.hf.eos_token_id)  # which that template leaves to whoever encodes
     ours = [*before, *after, tokenizer.end_id]
