@@ -100,6 +100,7 @@ class PreferenceBatch:
     "more" is more helpful; for harm it is **more harmful** (Safe RLHF's convention: the winner of a cost comparison
     is the worse answer).
     signs `[N, 2]` float32 or None: absolute labels per response, +1 = harmful, -1 = harmless.
+    margins `[N]` float32 or None: by how much the one with more of it should win, in units of the score, >= 0.
     """
 
     prompts: jax.Array
@@ -108,6 +109,7 @@ class PreferenceBatch:
     responses_mask: jax.Array
     prefs: jax.Array
     signs: jax.Array | None = None
+    margins: jax.Array | None = None
 
     def __len__(self) -> int:
         return self.prefs.shape[0]

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from rlhfjax.evaluation.calibration import sign_accuracy
+from rlhfjax.losses import bradley_terry_loss
 from rlhfjax.models.transformer import Model, TransformerConfig, make_language_model, make_scalar_model, score
 from rlhfjax.parallel.mesh import jit_step
 from rlhfjax.rl.fit import adamw, batch_order, make_fit_step, take
@@ -247,6 +248,23 @@ def test_the_reward_loss_by_hand_leaves_ties_out_of_its_accuracy():
     squares = [4, 1, 0.25, 2.25, 4, 9]
     assert float(loss) == pytest.approx(sum(ranking) / 3 + 0.1 * sum(squares) / 6, rel=1e-6)
     assert metrics == {"accuracy": 0.5}  # the first pair right, the second wrong, the third a tie
+
+
+def test_margins_shift_the_gap_towards_the_preferred_answer():
+    prefs, margins = np.array([1.0, 0.0, 0.75], np.float32), np.array([1.0, 2.0, 1.0], np.float32)
+    shifted = dataclasses.replace(PAIRS, prefs=prefs, margins=margins)
+    loss, metrics = make_reward_loss(reading_model(scalar=True), regularization_coef=0)(SCORES, shifted)
+    # gaps 3, -1, -5 become 3 - 1, -1 + 2 and -5 - 1 (2 * 0.75 - 1); hard labels as bradley_terry_loss has them
+    by_hand = [softplus(-2), softplus(1), 0.75 * softplus(5.5) + 0.25 * softplus(-5.5)]
+    assert float(loss) == pytest.approx(sum(by_hand) / 3, rel=1e-6)
+    hard = bradley_terry_loss(jnp.array([2.0, 1.5]), jnp.array([-1.0, 0.5]), margin=margins[:2])
+    np.testing.assert_allclose(hard, by_hand[:2], rtol=1e-6)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)  # of what the scores say, not of the shifted gap
+    tied = dataclasses.replace(PAIRS, prefs=np.full(3, 0.5, np.float32), margins=margins)
+    plain = dataclasses.replace(tied, margins=None)
+    loss_fn = make_reward_loss(reading_model(scalar=True))
+    assert loss_fn(SCORES, tied)[0] == loss_fn(SCORES, plain)[0]
+    check_pairs(shifted)
 
 
 def test_the_cost_loss_by_hand():

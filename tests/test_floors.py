@@ -15,7 +15,7 @@ FLOORS = [
     {"rlhfjax.losses"},
     {"rlhfjax.models", "rlhfjax.parallel"},
     {"rlhfjax.rl"},
-    {"rlhfjax.evaluation", "rlhfjax.feedback", "rlhfjax.worlds", "rlhfjax.io"},
+    {"rlhfjax.evaluation", "rlhfjax.feedback", "rlhfjax.worlds", "rlhfjax.data", "rlhfjax.io"},
     {"rlhfjax.stages"},
     {"rlhfjax.experiment"},
     {"rlhfjax.audit", "rlhfjax.pipeline", "rlhfjax.results"},

@@ -11,7 +11,8 @@ from rlhfjax.types import Params, PreferenceBatch, check_mask, check_shapes, joi
 
 
 def check_pairs(batch: PreferenceBatch) -> None:
-    """Raise for pairs that cannot be learned from: empty prompts or responses, prefs outside [0, 1], signs not +-1."""
+    """Raise for pairs that cannot be learned from: empty prompts or responses, prefs outside [0, 1], signs not +-1,
+    margins below 0 or infinite."""
     num, num_tokens = len(batch.prompts), np.shape(batch.responses)[-1]
     check_shapes(batch, prompt_mask=np.shape(batch.prompts), responses=(num, 2, num_tokens),
                  responses_mask=(num, 2, num_tokens), prefs=(num,))  # fmt: skip
@@ -21,6 +22,10 @@ def check_pairs(batch: PreferenceBatch) -> None:
     if batch.signs is not None:
         check_shapes(batch, signs=(num, 2))
         checks.append(("signs", batch.signs, abs(batch.signs) == 1, "be +1 (harmful) or -1 (harmless)"))
+    if batch.margins is not None:
+        check_shapes(batch, margins=(num,))
+        good = (batch.margins >= 0) & (batch.margins < float("inf"))
+        checks.append(("margins", batch.margins, good, "be finite and not negative"))
     for name, values, good, rule in checks:
         bad = np.flatnonzero(~np.asarray(good).reshape(len(batch), -1).all(-1))
         if bad.size:
@@ -47,11 +52,15 @@ def make_reward_loss(model: Model, *, regularization_coef: float = 1e-3):
 
     Safe RLHF's reward model (2310.12773; the regulariser and its 1e-3 are the public code's). Trained on harm
     comparisons it is the *pairwise-only* cost model, whose zero means nothing.
+
+    With `batch.margins` m the gap is shifted towards the preferred answer, `d = first - second - m (2 prefs - 1)`: a
+    hard label gives `bradley_terry_loss` with that margin, a tie no shift, a soft label its expectation of the shift.
     """
 
     def loss_fn(params: Params, batch: PreferenceBatch):
         scores = pair_scores(model, params, batch)
-        loss = losses.soft_bradley_terry_loss(scores[:, 0], scores[:, 1], batch.prefs)
+        shift = 0.0 if batch.margins is None else batch.margins * (2 * batch.prefs - 1)
+        loss = losses.soft_bradley_terry_loss(scores[:, 0] - shift, scores[:, 1], batch.prefs)
         total = jnp.mean(loss) + regularization_coef * jnp.mean(losses.score_regularization(scores))
         return total, {"accuracy": _accuracy(scores, batch.prefs)}
 
@@ -68,6 +77,8 @@ def make_cost_loss(model: Model, *, regularization_coef: float = 1e-3):
         if batch.signs is None:
             raise ValueError("the cost loss needs PreferenceBatch.signs (+1 harmful, -1 harmless); "
                              "without them use make_reward_loss, whose zero carries no meaning")
+        if batch.margins is not None:
+            raise ValueError("the cost loss knows no margins: leave PreferenceBatch.margins out")
         scores = pair_scores(model, params, batch)
         loss = losses.cost_loss(scores[:, 0], scores[:, 1], batch.prefs, batch.signs)
         metrics = {
