@@ -37,7 +37,7 @@ PLACES = ("runs", "name", "resume", "cache", "results", "workers", "mesh", "guar
 class ExperimentConfig:
     """How an experiment is started; an experiment's own config adds what it computes."""
 
-    scale: Literal["smoke", "cpu"] = "cpu"
+    scale: Literal["smoke", "cpu", "gpu", "pod"] = "cpu"
     """Which of the file's configurations to start from; other options change single values of it."""
     truth: Literal["analytic", "teacher"] = "analytic"
     """The embedded world's truth: the one designs are developed on, or the second one that nobody tunes on."""
@@ -129,7 +129,10 @@ def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> Exper
     words = " ".join(argv).replace("=", " ").split()
     scale = words[words.index("--scale") + 1 : words.index("--scale") + 2] if "--scale" in words else ["cpu"]
     default = scales.get(scale[0] if scale else "", scales["cpu"])  # an unknown scale is tyro's to refuse
-    return tyro.cli(type(default), default=default, args=list(argv))
+    config = tyro.cli(type(default), default=default, args=list(argv))
+    if config.scale not in scales:
+        sys.exit(f"this experiment has no configuration for --scale {config.scale}; it has {', '.join(scales)}")
+    return config
 
 
 def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, claims: Sequence[Claim]) -> None:
@@ -158,7 +161,9 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         if config.results is not None:
             write_result(config.results, world=config.label, seed=config.seed, config_hash=digest, commit=source,
                          seconds=seconds, statistics=statistics)  # fmt: skip
-    print(f"\n{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds. {seconds:.0f} s, all in {run.path}")
+    shown = f"{table(rows)}\n\nOne seed is not judged: --seeds 5 runs report seeds." if rows else "\n".join(
+        f"{name:>28}  {value:.4g}" for name, value in statistics.items())  # fmt: skip
+    print(f"\n{shown} {seconds:.0f} s, all in {run.path}")
 
 
 def _report(path: pathlib.Path, config, digest: str, claims: Sequence[Claim]) -> None:

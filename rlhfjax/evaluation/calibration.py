@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import spearmanr
 
 
 def pair_accuracy(scores, prefs) -> float:
@@ -106,6 +107,36 @@ def upper_tail(scores, prefs, shares=(1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2,
         calibrated = float(np.mean(expit(np.abs(gap[kept]))))
         rows.append((threshold, _agreement(gap[kept], prefs[kept] - 0.5), calibrated, kept.sum()))
     return UpperTail(*map(np.array, zip(*rows)))
+
+
+class ByGap(NamedTuple):
+    """Pairs in groups of one size by how far their scores are apart, `[groups]` each."""
+
+    gap: np.ndarray
+    accuracy: np.ndarray
+    calibrated: np.ndarray
+    count: np.ndarray
+
+
+def accuracy_by_gap(scores, prefs, num_groups: int = 5) -> ByGap:
+    """Accuracy where scores are close and where they are far apart, beside that of a calibrated scorer, sigmoid(|gap|).
+
+    gap: the mean |gap| of a group. scores `[N, 2]`, prefs `[N]`; ties in the labels are left out.
+    """
+    gap, prefs = _gap(scores), _probabilities("prefs", prefs, len(scores))
+    order = np.flatnonzero(prefs != 0.5)
+    groups = np.array_split(order[np.argsort(np.abs(gap[order]), kind="stable")], num_groups)
+    if not len(groups[-1]):
+        raise ValueError(f"{len(order)} pairs with a preference do not make {num_groups} groups")
+    rows = [(np.abs(gap[g]).mean(), _agreement(gap[g], prefs[g] - 0.5), expit(np.abs(gap[g])).mean(), len(g))
+            for g in groups if len(g)]  # fmt: skip
+    return ByGap(*map(np.array, zip(*rows)))
+
+
+def length_correlation(gap, length_gap) -> float:
+    """Spearman's correlation of score gaps with gaps in length, `[N]` each: how far a scorer goes by length. NaN where
+    either does not vary."""
+    return float(spearmanr(gap, length_gap).statistic)
 
 
 def _agreement(values: np.ndarray, sides: np.ndarray) -> float:

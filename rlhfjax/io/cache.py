@@ -73,7 +73,7 @@ def fingerprint(obj: Any) -> str:
     """SHA-256 of a value's content, as hex.
 
     Takes nested dicts (in any order), lists, tuples, sets and dataclasses of arrays (dtype, shape and bytes), random
-    keys, strings, bytes, numbers, bools, None, dtypes, enum members, classes, module-level functions and their
+    keys, strings, bytes, numbers, bools, None, dtypes, paths, enum members, classes, module-level functions and their
     `functools.partial`. A function or class counts by its name; one from outside the library also by the text of the
     file that defines it.
 
@@ -95,6 +95,8 @@ def _feed(update: Callable[[bytes], None], obj: Any, path: str) -> None:
         text("dtype", str(obj))
     elif isinstance(obj, enum.Enum):
         text("enum", _name(type(obj)), obj.name)
+    elif isinstance(obj, pathlib.PurePath):  # by name: what a file holds reaches stages as arrays
+        text("path", str(obj))
     elif isinstance(obj, jax.Array) and jnp.issubdtype(obj.dtype, jax.dtypes.prng_key):
         text("key", str(jax.random.key_impl(obj)))
         _feed(update, jax.random.key_data(obj), path)
