@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -29,7 +30,8 @@ transformers = pytest.importorskip("transformers", reason="checkpoints need tran
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None,
                                  reason="comparing with torch needs torch: pip install 'rlhfjax[torch]'")  # fmt: skip
 each_network = pytest.mark.parametrize("name", parity.NETWORKS)
-STORIES = pathlib.Path(os.environ.get("RLHFJAX_STORIES", pathlib.Path(__file__).parents[2] / "shared/data/stories260K"))
+ROOT = pathlib.Path(__file__).parents[1]
+STORIES = pathlib.Path(os.environ.get("RLHFJAX_STORIES", ROOT.parent / "shared/data/stories260K"))
 SMALL = TransformerConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
 OPTIONS = dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=1)
 
@@ -92,12 +94,13 @@ def test_parity_with_torch(name, what, compared):
     ],
 )
 def test_planted_fault_in_one_option_is_seen(name, change, compared):
-    folder, row = compared(name)
+    folder, _ = compared(name)
     config, params = load(folder / "causal")
     tokens, mask = parity.rows()
-    apply = lambda config: jax.jit(make_language_model(dataclasses.replace(config, scan_layers=True)).apply)
-    outputs = [apply(c)(params, tokens, mask)[0][mask] for c in (config, dataclasses.replace(config, **change))]
-    assert np.abs(outputs[0] - outputs[1]).max() > 2e-4  # twice what the comparison lets through
+    model = make_language_model(dataclasses.replace(config, scan_layers=True, **change))
+    outputs = jax.jit(model.apply)(params, tokens, mask)[0]
+    truth = parity.torch_outputs(parity.reload(folder / "causal", scalar=False), tokens, mask)
+    assert np.abs(outputs - truth)[mask].max() > 1e-3  # ten times what the comparison lets through
 
 
 @needs_torch
@@ -278,6 +281,17 @@ def test_a_directory_is_whole(tmp_path):
     assert config.num_labels == 1 and config.architectures == ["LlamaForSequenceClassification"]
 
 
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    block = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    save("checkpoints/llama", SMALL, drawn(SMALL), options=OPTIONS)
+    save("checkpoints/reward-model", SMALL, drawn(SMALL, make_scalar_model), options=OPTIONS)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert_same(names["scalar"], drawn(SMALL, make_scalar_model))
+    assert_same(load("exports/policy")[1], drawn(SMALL))
+
+
 # ---- what is refused
 
 
@@ -410,7 +424,7 @@ def test_more_exports_that_are_refused(llama, tmp_path):
 def test_a_real_model_tells_its_story():
     tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
     config, params = load(STORIES)
-    model = make_language_model(config)
+    model = make_language_model(dataclasses.replace(config, scan_layers=True))
     apply = jax.jit(model.apply)
     text = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
             "saw a big, red ball. She wanted to play with it, but it was too high.")  # fmt: skip

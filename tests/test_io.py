@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 from rlhfjax.io import cache, run, seeds
 from rlhfjax.io.monitor import Guard, Monitor, progress
 from rlhfjax.parallel.mesh import MeshConfig, make_mesh
-from rlhfjax.types import PreferenceBatch
+from rlhfjax.types import PreferenceBatch, added
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -75,6 +75,14 @@ def test_values_that_differ_have_different_fingerprints():
 ])  # fmt: skip
 def test_values_that_agree_have_one_fingerprint(one, other):
     assert cache.fingerprint(one) == cache.fingerprint(other)
+
+
+def test_a_field_added_later_counts_only_off_its_default():
+    old = dataclasses.make_dataclass("Config", [("width", int)], frozen=True)
+    new = dataclasses.make_dataclass("Config", [("width", int), ("window", int | None, added(None))], frozen=True)
+    plain = dataclasses.make_dataclass("Config", [("width", int), ("window", int | None, None)], frozen=True)
+    prints = [cache.fingerprint(config) for config in (old(3), new(3), new(3, 7), new(3, 8), plain(3))]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
 def test_a_fingerprint_is_the_same_in_another_process():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,18 @@ GPT = TransformerConfig(
     vocab_size=VOCAB, d_model=16, num_layers=2, num_heads=2, d_ff=24, norm="layer", mlp="plain", activation="gelu",
     tie_embeddings=True, scan_layers=True, head_dim=6,
 )  # fmt: skip
-CONFIGS = {"llama-unrolled": LLAMA, "gpt-scanned": GPT}
+# All that was added for checkpoints of others, in two networks that are nobody's.
+ROTARY = TransformerConfig(
+    vocab_size=VOCAB, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=20, head_dim=6, norm="rms_plus_one",
+    activation="gelu_exact", qk_norm=True, post_norms=True, embed_scale=True, rotary_dim=4, rope_theta=9.0,
+    rope_factor=5.0, rope_band=(1.0, 2.0, 14), window=3, full_layers=(1,), window_rope_theta=20.0, query_scalar=5,
+    attention_softcap=0.7, logit_softcap=1.5, tie_embeddings=True,
+)  # fmt: skip
+LEARNED = TransformerConfig(
+    vocab_size=VOCAB, d_model=16, num_layers=2, num_heads=4, d_ff=20, norm="layer", biases=("qkv", "out", "mlp"),
+    parallel=True, num_positions=8, window=4, full_layers=(0,), scan_layers=True,
+)  # fmt: skip
+CONFIGS = {"llama-unrolled": LLAMA, "gpt-scanned": GPT, "rotary-unrolled": ROTARY, "learned-scanned": LEARNED}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 # Row 0: left and right padding. Row 1: left padding. Row 2: nothing padded.
@@ -49,45 +61,72 @@ def numpy_logits(config, params, tokens):
     group = config.num_heads // (config.num_kv_heads or config.num_heads)
 
     def norm(p, x):
-        if config.norm == "rms":
-            return x / np.sqrt((x**2).mean() + config.norm_eps) * p["scale"]
+        if config.norm != "layer":
+            scale = p["scale"] + (config.norm == "rms_plus_one")
+            return x / np.sqrt((x**2).mean() + config.norm_eps) * scale
         return (x - x.mean()) / np.sqrt(x.var() + config.norm_eps) * p["scale"] + p["bias"]
 
     def act(x):
         if config.activation == "silu":
             return x / (1 + np.exp(-x))
+        if config.activation == "gelu_exact":
+            return x * np.vectorize(statistics.NormalDist().cdf)(x)
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    def rotate(x, position):
-        out = np.empty_like(x)
-        for i in range(head_dim // 2):
-            angle = position * config.rope_theta ** (-2 * i / head_dim)
-            a, b = x[i], x[i + head_dim // 2]
+    def frequency(i, local):
+        size = config.rotary_dim or head_dim
+        if local and config.window_rope_theta:
+            return config.window_rope_theta ** (-2 * i / size)
+        plain = config.rope_theta ** (-2 * i / size)
+        if config.rope_band is None:
+            return plain / config.rope_factor
+        low, high, length = config.rope_band
+        turns = length * plain / (2 * np.pi)
+        kept = 1 if turns > high else 0 if turns < low else (turns - low) / (high - low)
+        return kept * plain + (1 - kept) * plain / config.rope_factor
+
+    def rotate(x, position, local):
+        out, half = x.copy(), (config.rotary_dim or head_dim) // 2
+        for i in range(half if config.num_positions is None else 0):
+            angle = position * frequency(i, local)
+            a, b = x[i], x[i + half]
             out[i] = a * np.cos(angle) - b * np.sin(angle)
-            out[i + head_dim // 2] = b * np.cos(angle) + a * np.sin(angle)
+            out[i + half] = b * np.cos(angle) + a * np.sin(angle)
         return out
 
-    xs = [params["embed"][token] for token in tokens]
+    cap = lambda x, limit: x if limit is None else limit * np.tanh(x / limit)
+    linear = lambda p, name, x: x @ p[name] + p.get(f"{name}_bias", 0)
+    xs = [params["embed"][token] * (config.d_model**0.5 if config.embed_scale else 1) for token in tokens]
+    if config.num_positions is not None:
+        xs = [x + position for x, position in zip(xs, params["positions"])]
     for layer in range(config.num_layers):
         p = jax.tree.map(lambda w: w[layer], params["blocks"])  # noqa: B023
         normed = [norm(p["attention_norm"], x) for x in xs]
-        head = lambda name, t, h: (normed[t] @ p["attention"][name]).reshape(-1, head_dim)[h]  # noqa: B023
+        local = config.window is not None and layer not in config.full_layers
+
+        def head(name, t, h):
+            x = linear(p["attention"], name, normed[t]).reshape(-1, head_dim)[h]  # noqa: B023
+            x = norm(p["attention"][f"{name}_norm"], x) if config.qk_norm and name != "value" else x  # noqa: B023
+            return x if name == "value" else rotate(x, t, local)  # noqa: B023
+
         for t in range(len(xs)):
-            mixed = []
+            mixed, first = [], max(0, t - config.window + 1) if local else 0
             for h in range(config.num_heads):
-                query = rotate(head("query", t, h), t)
-                logits = [query @ rotate(head("key", s, h // group), s) / np.sqrt(head_dim) for s in range(t + 1)]
+                query = head("query", t, h) / np.sqrt(config.query_scalar or head_dim)
+                logits = [query @ head("key", s, h // group) for s in range(first, t + 1)]
+                logits = cap(np.array(logits), config.attention_softcap)
                 weights = np.exp(logits - np.max(logits))
                 weights /= weights.sum()
-                mixed.append(sum(w * head("value", s, h // group) for s, w in enumerate(weights)))
-            xs[t] = xs[t] + np.concatenate(mixed) @ p["attention"]["out"]
-        for t in range(len(xs)):
-            y = norm(p["mlp_norm"], xs[t])
-            up = y @ p["mlp"]["up"]
-            hidden = act(up) if config.mlp == "plain" else act(y @ p["mlp"]["gate"]) * up
-            xs[t] = xs[t] + hidden @ p["mlp"]["down"]
+                mixed.append(sum(w * head("value", first + s, h // group) for s, w in enumerate(weights)))
+            mixed = linear(p["attention"], "out", np.concatenate(mixed))
+            xs[t], before = xs[t] + (norm(p["attention_post_norm"], mixed) if config.post_norms else mixed), xs[t]
+            y = norm(p["mlp_norm"], before if config.parallel else xs[t])
+            up = linear(p["mlp"], "up", y)
+            hidden = act(up) if config.mlp == "plain" else act(linear(p["mlp"], "gate", y)) * up
+            hidden = linear(p["mlp"], "down", hidden)
+            xs[t] = xs[t] + (norm(p["mlp_post_norm"], hidden) if config.post_norms else hidden)
     table = params["embed"].T if config.tie_embeddings else params["head"]
-    return np.stack([norm(params["final_norm"], x) @ table for x in xs])
+    return np.stack([cap(norm(params["final_norm"], x) @ table, config.logit_softcap) for x in xs])
 
 
 @each_config
@@ -164,6 +203,13 @@ def test_padding_changes_nothing(config):
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(clean))
 
 
+def test_a_row_that_fills_the_table_of_positions_is_finite_and_a_longer_one_is_nan():
+    _, apply, params = language_model(LEARNED)
+    mask = np.arange(11) < np.array([[8], [9]])
+    logits, _ = apply(params, np.ones(mask.shape, int), mask)
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+
+
 def test_a_row_of_padding_is_finite_and_a_foreign_id_is_nan():
     _, apply, params = language_model(LLAMA)
     mask = MASK.copy()
@@ -221,6 +267,7 @@ def test_logical_axes_name_every_axis_of_every_parameter(config):
         assert {type(node) for node in (params, params["blocks"], params["blocks"]["mlp"])} == {dict}
     sizes = {"vocab": VOCAB, "embed": 16, "mlp": config.d_ff, "layers": 2}
     sizes |= {"heads": config.num_heads * config.head_size, "kv_heads": config.kv_heads * config.head_size}
+    sizes |= {"head_dim": config.head_size, "positions": config.num_positions}
     jax.tree.map(lambda p, names: np.testing.assert_array_equal(p.shape, [sizes[name] for name in names]), params, axes)
 
 

@@ -146,7 +146,7 @@ def test_any_number_of_prompts_runs_in_blocks_of_one_shape_and_none_is_answered_
         return Rollout(prompts=tokens, prompt_mask=mask, tokens=said, mask=said >= 0,
                        logprobs=np.zeros(said.shape), finished=rows >= 0)  # fmt: skip
 
-    monkeypatch.setattr(stages, "_sampler", lambda truth, config, temperature: sample)
+    monkeypatch.setattr(stages, "_sampler", lambda config, decoding: sample)
     for num in (5, 16, 35):
         blocks.clear()
         rollout = answers(num)

@@ -46,7 +46,7 @@ class Config(ExperimentConfig):
     """Chat template (Jinja) that writes a story and what ends it: this model ends its stories with BOS."""
     lora: LoraConfig = IN_FULL
     """Whether the policy learns low-rank changes of the checkpoint."""
-    ppo: PPOConfig = PPOConfig(kl_coef=0.05, num_minibatches=2, num_epochs=2, unfinished_penalty=0.0)
+    ppo: PPOConfig = PPOConfig(kl_coef=0.05, num_minibatches=2, num_epochs=2)
     """One update."""
     rl: RLConfig = RLConfig(num_iterations=60, batch_size=64, learning_rate=1e-4, critic_learning_rate=3e-4)
     """The critic starts from the checkpoint, with a head of zeros."""
@@ -83,22 +83,23 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     original, chat = fetch(original), load_tokenizer(config.checkpoint, template=config.template)
     tokens, mask = prompts(beginnings(), chat, Lengths())
     num_held_out = min(config.num_evaluated, len(tokens) // 2)
-    model = dict(config=network, max_tokens=config.num_tokens, eos_id=chat.end_id, pad_id=chat.pad_id,
-                 temperature=config.ppo.temperature)  # fmt: skip
+    decoding = stages.Decoding(max_tokens=config.num_tokens, eos_id=chat.end_id, pad_id=chat.pad_id,
+                               temperature=config.ppo.temperature)  # fmt: skip
 
     def judge(rollout: Rollout) -> np.ndarray:
         texts = zip(read(chat, rollout), fetch(rollout.finished))
         return np.array([happiness(*story) for story in texts], np.float32)
 
     policy = stages.train_on_text(
-        model=model, start=original, judge=judge, lora=config.lora, ppo=config.ppo, optimisation=config.rl,
-        prompts=tokens[num_held_out:], prompt_mask=mask[num_held_out:], seed=stream(config.seed, "rl"), label="policy",
+        config=network, start=original, judge=judge, decoding=decoding, lora=config.lora, ppo=config.ppo,
+        optimisation=config.rl, prompts=tokens[num_held_out:], prompt_mask=mask[num_held_out:], seed=stream(config.seed, "rl"), label="policy",
         monitor=run.monitor("policy"))  # fmt: skip
-    told = {arm: stages.sample(model=model, policy=params, prompts=tokens[:num_held_out],
+    told = {arm: stages.sample(config=network, policy=params, prompts=tokens[:num_held_out], decoding=decoding,
                                prompt_mask=mask[:num_held_out], seed=stream(config.seed, "test"))
             for arm, params in (("before", original), ("after", policy))}  # fmt: skip
     scores = {arm: judge(rollout) for arm, rollout in told.items()}
-    kl = stages.kl_per_response(network, policy, original, told["after"], config.ppo.temperature)
+    kl = stages.kl_per_response(config=network, policy=policy, reference=original, rollout=told["after"],
+                                temperature=config.ppo.temperature)  # fmt: skip
     texts = {arm: read(chat, rollout) for arm, rollout in told.items()}
     begun = chat.hf.batch_decode(tokens[:num_held_out], skip_special_tokens=True)
     rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(begun, *texts.values())]
@@ -129,7 +130,8 @@ def compared(path: pathlib.Path, network, policy, rollout) -> None:
     tokens, mask = tokens[mask][None], mask[mask][None]
     theirs = AutoModelForCausalLM.from_pretrained(path)(torch.tensor(tokens, dtype=torch.int64)).logits
     ours, _ = make_language_model(network).apply(policy, tokens, mask)
-    print(f"exported to {path}; read by transformers its logits differ by {np.abs(theirs.detach().numpy() - ours).max():.1e}")
+    apart = np.abs(theirs.detach().numpy() - ours).max()
+    print(f"exported to {path}; read by transformers its logits differ by {apart:.1e}")
 
 
 if __name__ == "__main__":

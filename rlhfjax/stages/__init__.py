@@ -27,6 +27,7 @@ from rlhfjax.evaluation.gold_metrics import gold_metrics
 from rlhfjax.feedback.raters import Comparisons, Rater, compare, mismatch
 from rlhfjax.feedback.self_play import MANNERS, Population, manners, sibling_preferences
 from rlhfjax.io.monitor import Clock, Monitor, given_up, progress
+from rlhfjax.masked import masked_sum
 from rlhfjax.models.lora import IN_FULL, LoraConfig, adapt, bind, combine, merge
 from rlhfjax.models.transformer import (
     Model,
@@ -40,7 +41,7 @@ from rlhfjax.rl.fit import LossFn, adamw, batch_order, make_fit_step, take, with
 from rlhfjax.rl.multiplier import MultiplierConfig, make_multiplier
 from rlhfjax.rl.ppo import Algorithm, PPOConfig, make_lagrangian_ppo, make_ppo
 from rlhfjax.rl.preference_models import ScoreModel, check_pairs, in_units_of_start, make_score, pair_scores
-from rlhfjax.rl.sampling import make_sampler
+from rlhfjax.rl.sampling import make_sampler, response_logprobs
 from rlhfjax.rl.self_play import make_iterated_reward, make_self_play
 from rlhfjax.rl.sft import make_next_token_loss
 from rlhfjax.types import (
@@ -316,13 +317,26 @@ def side_by_side(*jobs: Callable[[], object]) -> list:
     return results
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What decides how a policy's answers are drawn, besides its parameters."""
+
+    max_tokens: int
+    eos_id: int
+    pad_id: int
+    temperature: float = 1.0
+
+
+def _decoding(truth: str, temperature: float) -> Decoding:
+    """That of the embedded world."""
+    world = gold_world(truth)
+    return Decoding(max_tokens=world.max_tokens, eos_id=world.eos_id, pad_id=world.pad_id, temperature=temperature)
+
+
 @functools.cache
-def _sampler(truth: str, config: TransformerConfig, temperature: float):
+def _sampler(config: TransformerConfig, decoding: Decoding):
     """One sampler per policy shape, so that every stage of a process shares its compiled program."""
-    world, model = gold_world(truth), make_language_model(config)
-    return make_sampler(
-        model, max_tokens=world.max_tokens, eos_id=world.eos_id, pad_id=world.pad_id, temperature=temperature
-    )
+    return make_sampler(make_language_model(config), **dataclasses.asdict(decoding))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -392,17 +406,24 @@ def _in_rows(program: Callable, fitted: Any, data: Any, block: int = 2_048) -> n
 
 def sample_responses(
     *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
-    block: int = 128,
+) -> Rollout:  # fmt: skip
+    """One response per prompt of the embedded world, for any number of prompts."""
+    return sample(config=config, policy=policy, prompts=prompts.tokens, prompt_mask=prompts.mask,
+                  decoding=_decoding(truth, temperature), seed=seed)  # fmt: skip
+
+
+def sample(
+    *, config: TransformerConfig, policy: Params, prompts, prompt_mask, decoding: Decoding, seed: int, block: int = 128,
 ) -> Rollout:  # fmt: skip
     """One response per prompt, for any number of prompts: every block has the same compiled shape."""
-    check_mask("prompts.mask", prompts.mask, padded="left")
-    sample, num, block = _sampler(truth, config, temperature), len(prompts), mesh.padded(block)
+    check_mask("prompt_mask", prompt_mask, padded="left")
+    draw, num, block = _sampler(config, decoding), len(prompts), mesh.padded(block)
     rows = np.arange(-(-num // block) * block) % num  # the last block wraps around
     policy = mesh.place(policy, make_language_model(config).logical_axes(), mesh.DECODE_RULES)
     blocks = []
     for i, r in enumerate(progress(rows.reshape(-1, block), "sampling", unit=f"blocks of {block}")):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        blocks.append(mesh.fetch(sample(policy, *mesh.place_rows((prompts.tokens[r], prompts.mask[r])), key)))
+        blocks.append(mesh.fetch(draw(policy, *mesh.place_rows((prompts[r], prompt_mask[r])), key)))
     rollout = jax.tree.map(lambda *x: np.concatenate(x)[:num], *blocks)
     check_finite("log-probabilities of the responses", rollout.logprobs, ": the policy or a prompt is broken")
     return rollout
@@ -525,8 +546,6 @@ def train_policy(
     else:
         learner = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
     warm = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
-    first = lambda start: policy.init(jax.random.key(seed)) if lora.rank else start
-    init = lambda start, *trunks: learner.init(first(start), *map(warm, trunks))
     shared, start = start, mesh.place(start, make_language_model(config).logical_axes())
     place = lambda scorer: (scorer.program, scorer.placed(start if _equal(scorer.frozen, shared) else None))
     if scalar.base is not None and not _equal(reward.frozen, shared):
@@ -534,26 +553,79 @@ def train_policy(
                          "top of the policy that RL starts from, or give a `critic`")  # fmt: skip
     told, seen = [place(scorer) for scorer in scorers], {name: place(scorer) for name, scorer in watch.items()}
     means = lambda rollout: {name: jnp.mean(program(fitted, rollout)) for name, (program, fitted) in seen.items()}
-    state = run_rl(
-        algorithm=learner._replace(init=init),
-        params=(start, *(mesh.place(headless(params), scalar.logical_axes()) for _, params in trunks)),
-        ref_params=start,
-        sample=_sampler(truth, config, ppo.temperature),
+    final, state = _learn(
+        policy, learner, lambda start, *trunks: (start, *map(warm, trunks)), start,
+        *(mesh.place(headless(params), scalar.logical_axes()) for _, params in trunks),
+        decoding=_decoding(truth, ppo.temperature), optimisation=optimisation, seed=seed, monitor=monitor, label=label,
         feedback=lambda rollout, key: tuple(program(fitted, rollout) for program, fitted in told),
         observe=lambda rollout: gold_metrics(world, rollout) | means(rollout),
-        prompts=prompts.tokens,
-        prompt_mask=prompts.mask,
-        ptx=ptx if ppo.ptx_coef else None,
-        num_iterations=optimisation.num_iterations,
-        batch_size=optimisation.batch_size,
-        seed=seed,
-        monitor=monitor,
-        label=label,
-    )
+        prompts=prompts.tokens, prompt_mask=prompts.mask, ptx=ptx if ppo.ptx_coef else None)  # fmt: skip
     if multiplier is not None:
         _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
                        multiplier.maximum)  # fmt: skip
-    return _whole(policy, start, state.policy.params)
+    return final
+
+
+def _learn(
+    policy: Model, learner: Algorithm, networks: Callable, start: Params, *others: Params, decoding: Decoding,
+    optimisation: RLConfig, seed: int, **inputs,
+) -> tuple[Params, Any]:  # fmt: skip
+    """`run_rl` from `start` (placed) and held to it: the policy's weights at the end, and the last state.
+
+    networks: `(the policy's parameters, *others)` to what `learner.init` takes. inputs: see `run_rl`.
+    """
+    first = lambda start: start if policy.base is None else policy.init(jax.random.key(seed))
+    init = lambda start, *others: learner.init(*networks(first(start), *others))
+    state = run_rl(
+        algorithm=learner._replace(init=init), params=(start, *others), ref_params=start,
+        sample=_sampler(policy.config, decoding), num_iterations=optimisation.num_iterations,
+        batch_size=optimisation.batch_size, seed=seed, **inputs)  # fmt: skip
+    return _whole(policy, start, state.policy.params), state
+
+
+def train_on_text(
+    *,
+    config: TransformerConfig,
+    start: Params,
+    judge: Callable[[Rollout], np.ndarray],
+    decoding: Decoding,
+    lora: LoraConfig = IN_FULL,
+    ppo: PPOConfig,
+    optimisation: RLConfig,
+    prompts,
+    prompt_mask,
+    seed: int,
+    label: str,
+    monitor: Monitor,
+) -> Params:
+    """The policy after PPO for whatever a plain function of responses says of them, `judge(rollout) -> [B]` float32.
+
+    The function runs on the host, on whole responses (of all hosts alike): decode them there, and judge the text. The
+    critic is `start` with a head of zeros. lora: policy and critic learn low-rank changes of `start`.
+    """
+    policy, scalar = _network(make_language_model, config, lora), _network(make_scalar_model, config, lora)
+    learner = make_ppo(policy, scalar, adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate), ppo)
+    start, key = mesh.place(start, make_language_model(config).logical_axes()), jax.random.key(seed)
+    fresh = lambda trunk: scalar.init(key) if lora.rank else scalar_params_from(trunk, scalar, key)
+    return _learn(
+        policy, learner, lambda params, trunk: (params, fresh(trunk)), start, start, decoding=decoding,
+        feedback=lambda rollout, key: (np.asarray(judge(mesh.fetch(rollout)), np.float32),), prompts=prompts,
+        prompt_mask=prompt_mask, optimisation=optimisation, seed=seed, monitor=monitor, label=label)[0]  # fmt: skip
+
+
+def kl_per_response(
+    *, config: TransformerConfig, policy: Params, reference: Params, rollout: Rollout, temperature: float
+) -> np.ndarray:
+    """KL(policy || reference) in nats, estimated from each of the policy's responses (`losses.kl_k3`, summed): `[B]`."""
+    model = make_language_model(config)
+
+    @jax.jit
+    def estimate(params, rollout):
+        each = [response_logprobs(model, p, rollout, temperature=temperature)[0] for p in params]
+        return mesh.constrain(masked_sum(losses.kl_k3(*each, mask=rollout.mask), rollout.mask, -1), None)
+
+    axes = model.logical_axes()
+    return _in_rows(estimate, tuple(mesh.place(p, axes) for p in (policy, reference)), rollout, block=128)
 
 
 def _equal(a: Params | None, b: Params | None) -> bool:
@@ -601,23 +673,10 @@ def train_by_preferences(
     start = mesh.place(start, policy.logical_axes())
     share = jax.jit(lambda rollout: jax.nn.one_hot(manners(world, rollout), len(MANNERS)).mean(0))
     observe = lambda rollout: gold_metrics(world, rollout) | dict(zip(MANNERS, share(rollout)))
-    state = run_rl(
-        algorithm=learner._replace(init=lambda start: learner.init(*networks(start))),
-        params=(start,),
-        ref_params=start,
-        sample=_sampler(truth, config, ppo.temperature),
-        feedback=feedback,
-        observe=observe,
-        prompts=prompts.tokens,
-        prompt_mask=prompts.mask,
-        num_iterations=optimisation.num_iterations,
-        batch_size=optimisation.batch_size,
-        num_samples=num_samples,
-        seed=seed,
-        monitor=monitor,
-        label=label,
-    )
-    return mesh.fetch(state.policy.params)
+    return _learn(
+        policy, learner, networks, start, decoding=_decoding(truth, ppo.temperature), optimisation=optimisation,
+        feedback=feedback, observe=observe, prompts=prompts.tokens, prompt_mask=prompts.mask, num_samples=num_samples,
+        seed=seed, monitor=monitor, label=label)[0]  # fmt: skip
 
 
 def _warn_if_unmet(label: str, lam: float, cost: float, limit: float, maximum: float) -> None:
