@@ -348,7 +348,7 @@ def _arrays(
             if not ids:
                 raise Drop("empty prompt", "it has no token")
             if num == 2 and cut[0] == cut[1]:
-                raise Drop("identical pair", f"the same in the first {len(cut[0])} tokens")
+                raise Drop("identical tokens", f"the texts differ, their first {len(cut[0])} tokens do not")
         except Drop as drop:
             file.lose(drop, record.row)
             continue
