@@ -5,7 +5,7 @@ Claim     The audit of a run of Safe RLHF measures all rows that it has probes f
 Paper     A taxonomy of 23 problems and a list of what to disclose; no numbers.
 Command   python experiments/open_problems/planted_faults.py               one seed on a laptop
           python experiments/open_problems/planted_faults.py --seeds 5     verdicts
-Cost      about 7 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
+Cost      11 to 14 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   A fault is planted in what the audit reads, not in training: the run itself stays as it was.
 """
 

@@ -23,7 +23,7 @@ from rlhfjax.models.transformer import make_language_model
 from rlhfjax.parallel.mesh import fetch
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.stages import RLConfig
-from rlhfjax.types import Rollout
+from rlhfjax.types import Rollout, sequences
 
 HAPPY = re.compile(r"\b(happy|smiled?|laughed|loved?|friends?|fun|hugged|together|excited|proud)\b", re.I)
 ENDS = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ bos_token if m['role'] == 'assistant' }}{% endfor %}"
@@ -92,8 +92,8 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
 
     policy = stages.train_on_text(
         config=network, start=original, judge=judge, decoding=decoding, lora=config.lora, ppo=config.ppo,
-        optimisation=config.rl, prompts=tokens[num_held_out:], prompt_mask=mask[num_held_out:], seed=stream(config.seed, "rl"), label="policy",
-        monitor=run.monitor("policy"))  # fmt: skip
+        optimisation=config.rl, prompts=tokens[num_held_out:], prompt_mask=mask[num_held_out:],
+        seed=stream(config.seed, "rl"), label="policy", monitor=run.monitor("policy"))
     told = {arm: stages.sample(config=network, policy=params, prompts=tokens[:num_held_out], decoding=decoding,
                                prompt_mask=mask[:num_held_out], seed=stream(config.seed, "test"))
             for arm, params in (("before", original), ("after", policy))}  # fmt: skip
@@ -124,11 +124,9 @@ def compared(path: pathlib.Path, network, policy, rollout) -> None:
     except ImportError:
         print(f"exported to {path}; with torch installed it is read again here and compared")
         return
-    row = np.flatnonzero(fetch(rollout.finished))[:1]
-    tokens = np.concatenate([np.asarray(x)[row] for x in (rollout.prompts, rollout.tokens)], 1)
-    mask = np.concatenate([np.asarray(x)[row] for x in (rollout.prompt_mask, rollout.mask)], 1)
+    tokens, mask = (x[:1] for x in sequences(rollout))
     tokens, mask = tokens[mask][None], mask[mask][None]
-    theirs = AutoModelForCausalLM.from_pretrained(path)(torch.tensor(tokens, dtype=torch.int64)).logits
+    theirs = AutoModelForCausalLM.from_pretrained(path)(torch.tensor(np.asarray(tokens), dtype=torch.int64)).logits
     ours, _ = make_language_model(network).apply(policy, tokens, mask)
     apart = np.abs(theirs.detach().numpy() - ours).max()
     print(f"exported to {path}; read by transformers its logits differ by {apart:.1e}")

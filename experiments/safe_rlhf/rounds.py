@@ -6,7 +6,7 @@ Paper     Harmful responses 53.08 % (Alpaca-7B) to 2.45 % after round 3, helpful
           people (reviews that quote the paper's tables); red teaming from round 2; no round of plain RLHF to compare.
 Command   python experiments/safe_rlhf/rounds.py               one seed on a laptop
           python experiments/safe_rlhf/rounds.py --seeds 5     verdicts
-Cost      about 10 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
+Cost      13 to 25 minutes of one busy CPU core, base model included (Python 3.11, jax 0.10.2).
 Differs   As constrained_ppo.py. Each round labels answers of the policy of the moment, a third of them to prompts that
           the red team found against it, and fits its models anew on all labels so far; RL goes on from that policy and
           is held to it. The red team tries training prompts; what is reported is on held-out ones.

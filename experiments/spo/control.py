@@ -7,7 +7,7 @@ Paper     More sample-efficient than reward models with preferences from returns
 Command   python experiments/spo/control.py               one seed
           python experiments/spo/control.py --seeds 5     verdicts
 Cost      48 s on two CPU cores, compilation included, 38 s for a further seed (Python 3.11, jax 0.10.2).
-Here      README.md: what development seeds say, and the log of what was tried.
+Here      README.md: five report seeds, and the log of what was tried.
 Differs   A point mass in place of MuJoCo; PPO in place of SAC; cyclic preferences between the sectors of the plane
           where episodes end; the reward model is refit on exactly the queries that self-play asks.
 """

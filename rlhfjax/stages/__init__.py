@@ -616,7 +616,7 @@ def train_on_text(
 def kl_per_response(
     *, config: TransformerConfig, policy: Params, reference: Params, rollout: Rollout, temperature: float
 ) -> np.ndarray:
-    """KL(policy || reference) in nats, estimated from each of the policy's responses (`losses.kl_k3`, summed): `[B]`."""
+    """KL(policy || reference) in nats, estimated from each of the policy's responses by `losses.kl_k3`: `[B]`."""
     model = make_language_model(config)
 
     @jax.jit
