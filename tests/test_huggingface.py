@@ -426,8 +426,8 @@ def test_a_real_model_tells_its_story():
     config, params = load(STORIES)
     model = make_language_model(dataclasses.replace(config, scan_layers=True))
     apply = jax.jit(model.apply)
-    text = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
-            "saw a big, red ball. She wanted to play with it, but it was too high.")  # fmt: skip
+    text = ("Once there was a small cat who lived in a red house. The cat liked to sleep in the sun. One morning a "
+            "bird came to the window. The cat and the bird played all day.")  # fmt: skip
     start = [1]  # <s>
 
     def nll(text: str) -> float:
@@ -435,7 +435,7 @@ def test_a_real_model_tells_its_story():
         logprobs = jax.nn.log_softmax(apply(params, ids, np.ones(ids.shape, bool))[0][0])
         return -float(jnp.mean(logprobs[jnp.arange(ids.size - 1), ids[0, 1:]]))
 
-    assert nll(text) < 1.5 < 8 < nll("".join(np.random.default_rng(0).permutation(list(text))))
+    assert 1.2 < nll(text) < 1.5 < 8 < nll("".join(np.random.default_rng(0).permutation(list(text))))
     prompt = start + tokenizer.encode("Once upon a time", add_special_tokens=False)
     cache, new, ids = model.init_cache(1, 40), prompt, list(prompt)
     while len(ids) < 40:
