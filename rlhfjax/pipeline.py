@@ -20,12 +20,11 @@ from rlhfjax.feedback.judge import (
 from rlhfjax.feedback.raters import Comparisons, Rater
 from rlhfjax.io.cache import StageCache
 from rlhfjax.io.run import Run
-from rlhfjax.models.lora import IN_FULL, LoraConfig
 from rlhfjax.models.transformer import TransformerConfig, make_language_model
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost, make_reward, make_reward_loss, make_score
 from rlhfjax.stages import FitConfig, RLConfig, Scorer, judging
-from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout, added
+from rlhfjax.types import Demonstrations, Params, PreferenceBatch, Rollout
 from rlhfjax.worlds.language import DEMONSTRATION_KINDS, WORDS, Family, Prompts
 
 Shares = tuple[float, float, float, float]  # benign, dangerous, grey and verifiable prompts
@@ -63,8 +62,6 @@ class PipelineConfig(ExperimentConfig):
     """The kinds of prompts in RL and in its evaluation."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.1)
     """One RL update."""
-    lora: LoraConfig = added(IN_FULL)
-    """Whether fine-tuning, preference models, policies and critics learn low-rank changes of frozen weights."""
 
     def __post_init__(self):
         super().__post_init__()

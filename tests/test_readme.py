@@ -29,7 +29,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_its_python_gives_what_its_comments_say():
-    block, names = blocks("python")[0], {}  # test_huggingface.py runs the other
+    block, names = blocks("python")[0], {}  # test_huggingface.py and test_wrap.py run the others
     exec(compile(block, "README.md", "exec"), names)
     np.testing.assert_allclose(names["loss"], [0.802418], rtol=1e-5)
     np.testing.assert_allclose(names["advantages"], [[0.1267, 0.1333, 0.0]], atol=1e-4)

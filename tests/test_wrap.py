@@ -1,6 +1,8 @@
 """A stranger's network behind the pure face: it samples, and trains with the same PPO, on one device and on eight."""
 
 import contextlib
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from rlhfjax.rl.fit import adamw
 from rlhfjax.rl.ppo import PPOConfig, make_ppo
 from rlhfjax.rl.sampling import make_sampler, response_logprobs
 
+ROOT = pathlib.Path(__file__).parents[1]
 VOCAB, EOS, PAD, LIKED = 16, 1, 0, 5
 
 
@@ -137,3 +140,11 @@ class Bare(nnx.Module):
 
 def run(model):
     return model.apply(model.init(jax.random.key(0)), *map(jnp.asarray, prompts()))
+
+
+def test_the_readmes_network_trains():
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    (block,) = (block for block in blocks if "wrap_module" in block)
+    names = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["state"].policy.step == 2 and np.isfinite(names["metrics"]["policy_loss"])
