@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from rlhfjax.evaluation.claims import read_claims
+from rlhfjax.evaluation.claims import Claim, claims, read_claims
 
 SOURCES = {  # where we have what a paper reports from, and the mark of its claims unless MARKS says another
     "HH-RLHF (2204.05862)": ("its full text", "full text"),
@@ -78,11 +78,11 @@ def claims_of(file: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     return {path.name.removesuffix("-claims.json"): read_claims(path) for path in found}
 
 
-def claims_in(file: pathlib.Path) -> list[tuple]:
-    """The rows of the table of claims in an experiment file, read from its source."""
+def claims_in(file: pathlib.Path) -> tuple[Claim, ...]:
+    """The claims that an experiment file names, read from its source."""
     (call,) = (node.value for node in ast.parse(file.read_text()).body
                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CLAIMS")  # fmt: skip
-    return [ast.literal_eval(row) for row in call.args[1:]]
+    return claims(*map(ast.literal_eval, call.args))
 
 
 def run_missing(files: Sequence[pathlib.Path], seeds: int, second_truth: int) -> list[str]:
@@ -123,29 +123,25 @@ def section(file: pathlib.Path) -> str:
     if not judged:
         done = list((file.parent / "results" / file.stem).glob("*-seed*.json"))
         said = f"Not judged yet; report seeds that have run: {len(done)}." if done else "No report seed has run."
-        keys = ("id", "statistic", "direction", "threshold", "paper_says", "statement")
-        rest = {"paper": paper_of(file), "mean": None, "ci95": None, "verdict": "not judged", "seeds": done}
-        rows = [line(dict(zip(keys, row)) | rest, {}) for row in claims_in(file)]
+        rest = {"mean": None, "ci95": None, "verdict": "not judged", "seeds": done}
+        rows = [line(dataclasses.asdict(claim) | rest, {}) for claim in claims_in(file)]
         return "\n".join([f"### `{command}`", "", said, "", *table, *rows, ""])
     first = sorted(judged, key=lambda truth: truth.endswith("-teacher"))[0]
     others = {truth: {row["id"]: row for row in rows} for truth, rows in judged.items() if truth != first}
     rows = [line(row, {truth: by_id[row["id"]] for truth, by_id in others.items() if row["id"] in by_id})
             for row in judged[first]]  # fmt: skip
-    costs = [f"{len(claims[0]['seeds'])} seeds on {truth}, {claims[0]['seconds'] / 60:.0f} minutes of one core"
-             for truth, claims in judged.items()]  # fmt: skip
+    costs = [f"{len(rows[0]['seeds'])} seeds on {truth}, {rows[0]['seconds'] / 60:.0f} minutes of one core"
+             for truth, rows in judged.items()]  # fmt: skip
     seeds = len(judged[first][0]["seeds"])
     return "\n".join([f"### `{command} --seeds {seeds}`", "", f"{'; '.join(costs)}.", "", *table, *rows, ""])
-
-
-def paper_of(file: pathlib.Path) -> str:
-    return next((paper for paper in SOURCES if json.dumps(paper) in file.read_text()), file.parent.name)
 
 
 def document(files: Sequence[pathlib.Path]) -> str:
     """All of RESULTS.md."""
     papers: dict[str, list[pathlib.Path]] = {}
     for file in files:
-        papers.setdefault(paper_of(file), []).append(file)
+        name = next((paper for paper in SOURCES if json.dumps(paper) in file.read_text()), file.parent.name)
+        papers.setdefault(name, []).append(file)
     parts = [HEADER]
     for paper in sorted(papers, key=lambda name: [*SOURCES, name].index(name)):
         source = SOURCES.get(paper, ["the experiment file"])[0]

@@ -17,7 +17,7 @@ FILES = [file for file in experiment_files(ROOT / "experiments") if file.stem !=
 def test_an_experiment_runs_by_its_command(file, smoke):
     run = smoke(file.stem)
     judged = json.loads((run / "claims.json").read_text())
-    assert [row["id"] for row in judged] == [row[0] for row in claims_in(file)] and len(judged) >= 3
+    assert [row["id"] for row in judged] == [claim.id for claim in claims_in(file)] and len(judged) >= 3
     assert {row["verdict"] for row in judged} == {"not judged"}
     assert len(list((run / "figures").glob("*.png"))) >= 1
     assert json.loads((run / "status.json").read_text())["status"] == "finished"

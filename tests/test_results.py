@@ -38,7 +38,7 @@ def root(tmp_path, monkeypatch) -> pathlib.Path:
     """A directory with an experiment of the embedded world, one of another world, and a file that is none."""
     monkeypatch.chdir(tmp_path)
     for name, text in {"spo/text.py": EXPERIMENT + "Config(PipelineConfig)", "spo/games.py": EXPERIMENT,
-                       "spo/helpers.py": "def draw(): ...", "made_up/other.py": "CLAIMS = claims()"}.items():
+                       "spo/helpers.py": "def draw(): ...", "made_up/other.py": "CLAIMS = claims('made up')"}.items():
         pathlib.Path("experiments", name).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path("experiments", name).write_text(text)
     return pathlib.Path("experiments")
