@@ -103,6 +103,11 @@ class JudgeConfig:
         return dataclasses.replace(common, vocab_size=len(JUDGE_WORDS), **size)
 
 
+def as_given(*, pairs: PreferenceBatch) -> PreferenceBatch:
+    """Labels of several stages, of a part of one, or of an AI, which no other stage has stored as they are."""
+    return pairs
+
+
 SCALED = {make_score: make_reward, make_direct_score: make_direct_reward}  # in units of the starting policy's spread
 
 
@@ -112,12 +117,19 @@ class Pipeline:
     def __init__(self, config: PipelineConfig, run: Run, cache: StageCache):
         self.config, self.run, self.cache, self.world = config, run, cache, config.world
         self._evidence, self._writing = {}, threading.Lock()  # stages may run side by side in threads
+        self._made: dict[int, tuple[str, Any]] = {}  # by id: which stage a thing came from, and the thing, lest it go
 
-    def _leaves(self, role: str, name: str, config: TransformerConfig, **more) -> None:
-        """Note in evidence.json what a stage of the run is, for an audit: its role and the shape of its network."""
+    def _leaves(self, role: str, name: str, config: TransformerConfig, *inputs: Any) -> None:
+        """Note in evidence.json, for an audit, a stage's role, the shape of its network, and the stages behind it."""
+        parts = [x.fitted if isinstance(x, Scorer) else x for x in inputs]
+        parts += [x for part in parts if isinstance(part, dict) for x in part.values()]  # of a scorer that has several
+        origin = [self._made[id(x)][0] for x in parts if id(x) in self._made]
         with self._writing:
-            self._evidence[name] = {"role": role, "config": config, **more}
+            self._evidence[name] = {"role": role, "config": config, "from": origin}
             self.run.write_json("evidence.json", self._evidence)
+
+    def _of(self, name: str, *results: Any) -> None:
+        self._made |= {id(result): (name, result) for result in results}
 
     def seed(self, name: str) -> int:
         """The seed of one use of randomness."""
@@ -126,8 +138,10 @@ class Pipeline:
     def stage(self, name: str, fn: Callable, role: str, **inputs) -> Any:
         """A stage that learns: monitored, its role noted, with the network of all unless `config` says another."""
         inputs = {"config": self.config.network} | inputs
-        self._leaves(role, name, inputs["config"])
-        return self.cache.run(name, fn, monitor=self.run.monitor(name), label=name, **inputs)
+        self._leaves(role, name, inputs["config"], *(inputs.get(key) for key in ("start", "pairs", "reward", "cost")))
+        result = self.cache.run(name, fn, monitor=self.run.monitor(name), label=name, **inputs)
+        self._of(name, result)
+        return result
 
     def prompts(self, name: str, num: int, shares: Shares, split: str = "train") -> Prompts:
         return self.world.sample_prompts(self.seed(name), num, dict(zip(Family, shares)), split)
@@ -173,13 +187,19 @@ class Pipeline:
             "rater": self.config.rater, "config": self.config.network, "seed": self.seed(name),
             "prompts": self.prompts(name, num, self.config.label_shares, split),
         } | self.sampling | ({"mismatched": self.config.mismatched} if train else {}) | inputs  # fmt: skip
-        self._leaves("labels" if train else "held out", name, inputs["config"])
-        return self.cache.run(name, stages.collect_comparisons, policy=policy, **inputs)
+        self._leaves("labels" if train else "held out", name, inputs["config"], policy)
+        found = self.cache.run(name, stages.collect_comparisons, policy=policy, **inputs)
+        self._of(name, found.helpful, found.harm)
+        return found
 
     def fit(self, name: str, pairs: PreferenceBatch, start: Params, **inputs) -> Params:
         """A preference model on `pairs`: a reward model unless `make_loss` says otherwise."""
         inputs = {"make_loss": make_reward_loss, "optimisation": self.config.preference} | inputs
         role = "reward" if pairs.signs is None else "cost"
+        if role == "reward" and id(pairs) not in self._made:
+            self._leaves("labels", kept := f"{name}-labels", self.config.network)
+            self._of(kept, pairs)
+            self.cache.run(kept, as_given, pairs=pairs)
         return self.stage(
             name, stages.fit_preference_model, role, start=start, pairs=pairs, seed=self.seed("fit"), **inputs
         )
@@ -208,6 +228,9 @@ class Pipeline:
         prompts = self.prompts("start", self.config.num_evaluated, self.config.rl_shares)
         fitted = self.cache.run(name, stages.scale_scores, config=self.config.network, policy=policy, models=models,
                                 prompts=prompts, seed=self.seed("start"), **self.sampling)  # fmt: skip
+        for key, model in models.items():
+            if id(model.fitted) in self._made:
+                self._of(self._made[id(model.fitted)][0], fitted[key])
         make = lambda key: make_cost if key == "cost" else SCALED[models[key].make]
         return {key: dataclasses.replace(models[key], make=make(key), fitted=fitted[key]) for key in models}
 

@@ -1,6 +1,7 @@
 """The audit sees what is wrong with a run, says what it cannot see, and never passes what is absent."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import pytest
 
 from experiments.open_problems.planted_faults import FAULTS
 from rlhfjax.audit.probes import PROBES, agreed, load, overoptimised
-from rlhfjax.audit.report import audit, measure
+from rlhfjax.audit.report import audit, measure, side_by_side
 from rlhfjax.audit.taxonomy import DISCLOSURE, PROBLEMS, THRESHOLDS
 from rlhfjax.io.cache import StaleEntry, read_stage
+from rlhfjax.results import experiment_files
 from rlhfjax.types import Rollout
 
+ROOT = pathlib.Path(__file__).parents[1]
 SIGNED = {"signed_by": "A. Person", "10": "it may refuse what is harmless"}
 
 
@@ -88,13 +91,17 @@ def test_the_command_writes_the_same_bytes_twice(smoke_run, tmp_path):
     declarations = tmp_path / "declarations.json"
     declarations.write_text(json.dumps(SIGNED))
     command = [sys.executable, "-m", "rlhfjax.audit", smoke_run, "--declarations", declarations, "--out"]
-    for name in ("first", "second"):
-        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True)
+    for name, *more in (("first",), ("second", "--beside", smoke_run)):
+        done = subprocess.run([*command, tmp_path / name, *more], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert files == ["audit.json", "audit.md", "calibration.png", "training.png"]
     for name in files:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+        same = tmp_path / "second" / smoke_run.name / name
+        assert (tmp_path / "first" / name).read_bytes() == same.read_bytes(), name
+    head, _, *rows = (text := (tmp_path / "second/beside.md").read_text()).splitlines()
+    assert head == "| row | what | red if | smoke, constrained | smoke, constrained' |" and text in done.stdout
+    assert len(rows) == len(THRESHOLDS) and all(len({*row.split(" | ")[-2:]}) <= 2 for row in rows)
     items = {item["item"]: item for item in json.loads((tmp_path / "first/audit.json").read_text())["disclosure"]}
     assert items[10]["value"] == {"declared": SIGNED["10"], "signed_by": SIGNED["signed_by"]}
     assert [number for number, item in items.items() if item["status"] == "absent"] == [9, 11]
@@ -116,11 +123,73 @@ def test_a_stage_that_is_gone_or_damaged_leaves_its_rows_absent_with_the_reason(
     assert "checksum" in rows["H2"]["reasons"][0] and entries["reward"] in rows["H7"]["reasons"][0]
 
 
-def test_a_run_without_preference_models_is_audited_as_far_as_it_goes(smoke):
+STEMS = [file.stem for file in experiment_files(ROOT / "experiments")]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_row_of_every_experiments_run_has_a_status(smoke, stem):
+    parts = load(smoke(stem))
+    rows = {name: measure(name, parts) for name in PROBLEMS}
+    for row in rows.values():
+        assert row["status"] in ("measured", "declared", "absent", "not applicable")
+        assert row["value"] or row["reasons"], row["id"]
+        assert bool(row["proxy"]) == row["needs_gold"] or row["status"] == "absent", row["id"]
+    measured = {name for name, row in rows.items() if row["status"] == "measured"}
+    if stem in ("control", "matrix_games"):
+        assert measured == ({"P1"} if stem == "control" else set()) and "another world" in rows["H2"]["reasons"][0]
+    else:  # people can be asked about held-out answers, whoever has labelled
+        audited = parts["audited"]
+        needed = {"H4", "H6", "H8"} | ({"P1", "P2", "P6"} if audited["policy"] else set())
+        needed |= {"H3", "R1"} if audited["reward"] else set()
+        needed |= {"R3", "J1"} if audited["reward"] and audited["policy"] else set()
+        assert needed <= measured, needed - measured
+
+
+@pytest.mark.parametrize("stem, chosen, expected", [
+    ("constrained_ppo", [], "sft labels held-out reward cost constrained"),
+    ("constrained_ppo", ["plain"], "sft labels held-out reward None plain"),
+    ("overoptimisation", [], "sft-small train-large-labels None train-large None small policy"),
+    ("overoptimisation", ["small models"], "sft train-small-labels None train-small None small models"),
+    ("rlaif", ["ai"], "sft reward-ai-labels held-out reward-ai None ai"),
+    ("rlaif", ["direct"], "sft labels held-out None None direct"),
+])  # fmt: skip
+def test_a_policy_is_audited_with_what_it_was_trained_on(smoke, stem, chosen, expected):
+    audited = load(smoke(stem), chosen=chosen)["audited"]
+    roles = ("start", "labels", "held out", "reward", "cost", "policy")
+    assert " ".join(str(audited[role]) for role in roles) == expected
+
+
+def test_labels_of_an_ai_are_audited_but_nobody_is_asked_for_more_of_them(smoke):
+    parts, people = (load(smoke("rlaif"), chosen=[arm]) for arm in ("ai", "people"))
+    assert (parts["labels"].prefs != people["labels"].prefs).mean() > 0.5  # they are not certain
+    rows = {name: measure(name, parts) for name in ("H3", "J2", "J1")}
+    assert rows["H3"]["status"] == rows["J1"]["status"] == "measured" and rows["J2"]["status"] == "absent"
+    assert "reward-ai-labels are not people's alone" in rows["J2"]["reasons"][0]
+    assert measure("J2", people)["status"] == "measured"
+
+
+def test_what_was_not_made_is_absent_and_people_are_asked_for_held_out_labels(smoke):
     parts = load(smoke("text"))
-    rows = {name: measure(name, parts) for name in ("R1", "P1", "P6")}
-    assert rows["R1"]["status"] == "absent" and "no stage in the role 'held out'" in rows["R1"]["reasons"][0]
-    assert rows["P1"]["status"] == rows["P6"]["status"] == "measured"
+    rows = {name: measure(name, parts) for name in ("R1", "H4", "P1", "P6")}
+    assert rows["R1"]["status"] == "absent" and "no stage in the role 'reward'" in rows["R1"]["reasons"][0]
+    assert rows["H4"]["needs_gold"] and rows["H4"]["value"]["consistency"] < 1  # asked twice, with other noise
+    assert {rows[name]["status"] for name in ("H4", "P1", "P6")} == {"measured"}
+
+
+def test_two_audits_side_by_side_show_what_is_red(parts, clean):
+    faulty = {**parts, **FAULTS["broken reward model"][0](parts)}
+    lines = {tuple(cells[1:3]): cells[4:] for line in side_by_side(clean, audit(faulty, {})).splitlines()[2:]
+             if (cells := [cell.strip() for cell in line.split("|")])}  # fmt: skip
+    sound, broken, _ = lines["R1", f"{PROBLEMS['R1'][0]}: brier"]
+    assert not sound.startswith("**") and broken.startswith("**")
+    assert lines["H4", f"{PROBLEMS['H4'][0]}: consistency"][0].count("[") == 1
+
+
+def test_the_committed_side_by_side_follows_from_its_audits_and_is_what_the_readme_shows():
+    folder = ROOT / "experiments/open_problems/results/side_by_side"
+    audits = [json.loads((folder / run / "audit.json").read_text()) for run in ("safe", "broken")]
+    assert side_by_side(*audits) == (folder / "beside.md").read_text()
+    assert (folder / "beside.md").read_text() in (ROOT / "experiments/open_problems/README.md").read_text()
 
 
 def test_a_run_that_cannot_be_audited_is_refused_with_what_to_do(smoke_run, tmp_path):

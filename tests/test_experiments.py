@@ -6,25 +6,18 @@ import pathlib
 
 import pytest
 
-from rlhfjax.results import experiment_files
+from rlhfjax.results import claims_in, experiment_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Safe RLHF's one round has tests of its own.
 FILES = [file for file in experiment_files(ROOT / "experiments") if file.stem != "constrained_ppo"]
 
 
-def claimed(file: pathlib.Path) -> list[str]:
-    """The ids in the table of claims, read from the source."""
-    (call,) = (node.value for node in ast.parse(file.read_text()).body
-               if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CLAIMS")  # fmt: skip
-    return [ast.literal_eval(row.elts[0]) for row in call.args[1:]]
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_an_experiment_runs_by_its_command(file, smoke):
     run = smoke(file.stem)
     judged = json.loads((run / "claims.json").read_text())
-    assert [row["id"] for row in judged] == claimed(file) and len(judged) >= 3
+    assert [row["id"] for row in judged] == [claim.id for claim in claims_in(file)] and len(judged) >= 3
     assert {row["verdict"] for row in judged} == {"not judged"}
     assert len(list((run / "figures").glob("*.png"))) >= 1
     assert json.loads((run / "status.json").read_text())["status"] == "finished"

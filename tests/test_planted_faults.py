@@ -23,6 +23,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 
+from rlhfjax.audit.taxonomy import PROBLEMS
 from rlhfjax.evaluation.judges import worth
 from rlhfjax.evaluation.statistics import verdict
 from rlhfjax.feedback.hybrid import hybrid_prefs, rewritten_pairs
@@ -215,9 +216,10 @@ def tilt(start: Policy, prompts, reward, watch, num=32) -> dict[str, np.ndarray]
     return {name: np.array(values) for name, values in curves.items()}
 
 
-def judge_pairs(config, judge, pairs, offset=0.5):
-    """A judge who leans to what stands first."""
+def judge_pairs(config, judge, pairs, offset=0.5, length=0.0):
+    """A judge who leans to what stands first, and may like length."""
     gap = np.asarray(raw_pair_scores(judge, pairs)) @ [1, -1]
+    gap += length * np.asarray(pairs.responses_mask).sum(-1) @ [1, -1]
     chance = lambda gap: np.float32(1 / (1 + np.exp(-offset - gap)))
     return Verdicts(as_given=chance(gap), swapped=chance(-gap))
 
@@ -243,6 +245,31 @@ def verdicts(name: str, changes=()) -> dict[str, str]:
     measured = measure(name, changes)
     seeds = lambda x: [x - 1e-4, x, x + 1e-4]
     return {c.id: verdict(seeds(measured[c.statistic]), c.threshold, c.direction) for c in paper(name).CLAIMS}
+
+
+# Where the small house cannot tell: models on few labels, and learning curves that are made up
+
+
+def starved(*names: str):
+    """Changes: models whose names end so are fitted to a sixth of their labels."""
+
+    def fit(self, name, pairs, *args, **inputs):
+        return FIT(self, name, take(pairs, np.arange(len(pairs) // 6)) if name.endswith(names) else pairs, *args,
+                   **inputs)  # fmt: skip
+
+    return [(House, "fit", fit)]
+
+
+def curves(slowness: dict[str, float], lost: dict[str, float]):
+    """Changes to text.py: gains that a method reaches at its time constant, less a share of them per flipped label."""
+
+    def stage(self, name, fn, role, people, method, optimisation, **inputs):
+        step = np.arange(optimisation.num_iterations)
+        gain = (1 - lost.get(method, 0.0) * people.flip) * (1 - np.exp(-step / slowness.get(method, 100)))
+        shares = dict.fromkeys(MANNERS, np.full(len(step), 1 / len(MANNERS)))
+        self.run.curves[name] = {"gold_helpfulness": gain, "step": step, **shares}
+
+    return [(House, "stage", stage)]
 
 
 # A grid of preference models, and judges of several sizes: what they say of pairs is made up
@@ -310,6 +337,7 @@ STAND_INS = {"hh_rlhf.scaling": grid, "rlaif.judges": judges}
 # Faults
 
 HERE, COMPARE, TILT, OPTIMISE, SELF_PLAY = sys.modules[__name__], House.compare, tilt, House.optimise, games.self_play
+FIT, SCALED = House.fit, House.scaled
 
 
 def relabelled(change, **names):
@@ -328,6 +356,20 @@ def inverted(pairs):
     return dataclasses.replace(pairs, prefs=1 - pairs.prefs, signs=None if pairs.signs is None else -pairs.signs)
 
 
+def terse_labels():
+    return at("rlaif.rlaif", "judging", types.SimpleNamespace(judge_pairs=functools.partial(judge_pairs, length=-1.0)))
+
+
+def arms_exchanged(self, policy, name="scale", **models):
+    scored = SCALED(self, policy, name, **models)
+    return scored | {"ai": scored["direct"], "direct": scored["ai"]}
+
+
+def benign_originals_preferred(originals, rewrites):
+    pairs = rewritten_pairs(originals, rewrites)
+    return dataclasses.replace(pairs, prefs=np.where(prompt_facts(pairs.prompts).danger, pairs.prefs, 1 - pairs.prefs))
+
+
 def inverted_judge(config, judge, pairs):
     said = judge_pairs(config, judge, pairs)
     return Verdicts(as_given=1 - said.as_given, swapped=1 - said.swapped)
@@ -340,6 +382,23 @@ def one_half(labels, rows):
 def root_of_kl(*args):
     curves = TILT(*args)
     return curves | {"kl": np.sqrt(curves["kl"])}
+
+
+def stale(*args):
+    curves = TILT(*args)
+    return curves | {"score": curves["score"][np.arange(len(curves["score"])) // 20 * 20]}
+
+
+def tested_in_other_units(*args):
+    curves = TILT(*args)
+    return curves | {"test": curves["test"] / 2}
+
+
+def small_policy_in_other_units(self, name, *args, **inputs):
+    policy = OPTIMISE(self, name, *args, **inputs)
+    if name == "small policy":
+        self.run.curves[name]["score"] *= 2
+    return policy
 
 
 def exchanged(*args):
@@ -385,10 +444,16 @@ FAULTS = [
      lambda: at("hh_rlhf.overoptimisation", "take", one_half), {"HH-8 early": YES, "HH-8 late": OPEN}),
     ("hh_rlhf.overoptimisation", "the test model is the one that rewards",
      lambda: [(HERE, "tilt", exchanged)], {"HH-8 late": NO}),
+    ("hh_rlhf.overoptimisation", "the score is logged anew only every twentieth iteration",
+     lambda: [(HERE, "tilt", stale)], {"HH-7 root": NO, "HH-7 sizes": YES}),
+    ("hh_rlhf.overoptimisation", "the small policy's reward is in other units",
+     lambda: [(House, "optimise", small_policy_in_other_units)], {"HH-7 sizes": NO, "HH-7 root": YES}),
+    ("hh_rlhf.overoptimisation", "the test model's scores are in other units",
+     lambda: [(HERE, "tilt", tested_in_other_units)], {"HH-8 early": NO, "HH-8 late": YES}),
     ("hh_rlhf.overoptimisation", "reward is linear in the KL that is logged",
-     lambda: [(HERE, "tilt", root_of_kl)], {"HH-7 rival": NO}),
+     lambda: [(HERE, "tilt", root_of_kl)], {"HH-7 rival": NO, "HH-7 root": NO}),
     ("hh_rlhf.overoptimisation", "labels say which answer is worse",
-     lambda: relabelled(inverted, helpful="labels"), {"HH-13": NO, "HH-7 rival": YES}),
+     lambda: relabelled(inverted, helpful="labels"), {"HH-13": NO, "HH-13 64": NO, "HH-7 rival": YES}),
     ("hh_rlhf.online", "labels of the policy's answers say which is worse",
      lambda: relabelled(inverted, helpful="labels-online"), {"HH-9": NO, "HH-9 gain": NO, "HH-9 tail": NO}),
     ("safe_rlhf.rounds", "labels of harm are inverted", lambda: relabelled(inverted, harm=("labels", "safe")),
@@ -401,19 +466,23 @@ FAULTS = [
     ("safe_rlhf.shaping", "the limit is in other units than the cost", lambda: [(House, "optimise", without_units)],
      {"SR-7 feasible": NO, "SR-7 weight": YES}),
     ("safe_rlhf.shaping", "the arm with a multiplier is never updated", lambda: [(House, "optimise", never_updated)],
-     {"SR-6 mild": NO, "SR-7 feasible": NO}),
+     {"SR-6 mild": NO, "SR-6 harsh": NO, "SR-7 feasible": NO}),
     ("safe_rlhf.shaping", "both environments are one",
      lambda: [(paper("safe_rlhf.shaping").Config, "environments",
                property(lambda self: dict(mild=self.mild_shares, harsh=self.mild_shares)))], {"SR-7 weight": NO}),
     ("rlaif.judges", "the swapped verdict is not mapped back",
      lambda: [(Verdicts, "prefs", property(lambda self: (self.as_given + self.swapped) / 2))], {"RA-4 gain": NO}),
+    ("rlaif.judges", "one order alone is read",
+     lambda: [(Verdicts, "prefs", property(lambda self: self.as_given))], {"RA-4 gain": NO, "RA-4 bias": NO}),
     ("rlaif.judges", "the larger a judge, the noisier", lambda: judges(noise=lambda width: width / 10),
      {"RA-3 align": NO}),
     ("rlaif.judges", "the larger a judge, the more it leans", lambda: judges(lean=lambda width: width / 50),
      {"RA-3 bias": NO, "RA-3 align": YES}),
     ("rlaif.rlaif", "the judge says which answer is worse",
      lambda: at("rlaif.rlaif", "judging", types.SimpleNamespace(judge_pairs=inverted_judge)),
-     {"RA-1 AI": NO, "RA-2 AI": NO, "RA-1 people": YES}),
+     {"RA-1 AI": NO, "RA-1 equal": NO, "RA-2 AI": NO, "RA-1 people": YES}),
+    ("rlaif.rlaif", "the judge's labels, but not its ratings, shy from length", lambda: terse_labels(),
+     {"RA-1 equal": NO, "RA-2 shrinks": NO, "RA-1 AI": YES, "RA-2 AI": YES}),
     ("rlaif.rlaif", "people say which answer is worse", lambda: relabelled(inverted, helpful="labels"),
      {"RA-1 people": NO, "RA-1 AI": YES}),
     ("hrlaif.hybrid", "nothing is checked",
@@ -426,7 +495,15 @@ FAULTS = [
      lambda: at("hrlaif.hybrid", "with_style_bias", lambda world, pairs, weight: pairs), {"HR-1 dose": OPEN}),
     ("hrlaif.hybrid", "originals are preferred to their rewrites",
      lambda: at("hrlaif.hybrid", "rewritten_pairs", lambda originals, rewrites: rewritten_pairs(rewrites, originals)),
-     {"HR-5 harm": NO}),
+     {"HR-5 harm": NO, "HR-5 help": NO}),
+    ("hrlaif.hybrid", "originals of benign prompts are preferred to their rewrites",
+     lambda: at("hrlaif.hybrid", "rewritten_pairs", benign_originals_preferred), {"HR-5 help": NO, "HR-5 harm": YES}),
+    ("hrlaif.hybrid", "the judge says which answer is worse",
+     lambda: at("hrlaif.hybrid", "judging", types.SimpleNamespace(judge_pairs=inverted_judge)),
+     {"HR-1 wins": NO, "HR-2 restores": NO, "HR-2 wins": NO, "HR-1 falls": YES}),
+    ("hrlaif.hybrid", "the judge knows the truth, and has no taste for style",
+     lambda: at("hrlaif.hybrid", "with_style_bias", lambda world, pairs, weight: dataclasses.replace(
+         pairs, prefs=np.float32(worth(world, pairs) @ [1, -1] > 0))), {"HR-1 falls": NO, "HR-1 wins": YES}),
     ("spo.text", "self-play rewards who loses", lambda: [(games, "self_play", negated)], {"SP-1 reach": NO}),
     ("spo.text", "the reward model's arm is self-play too", lambda: [(games, "reward_model", games.self_play)],
      {"SP-4 reward": NO, "SP-4 self-play": YES}),
@@ -444,8 +521,47 @@ def test_a_planted_fault_turns_its_verdicts(name, what, changes, expected):
     assert set(expected.values()) != {YES}
 
 
+SLOW, LOST = {"self-play": 100.0, "reward model": 150.0}, {"self-play": 0.2, "reward model": 0.4}
+turned = lambda values: dict(zip(values, reversed(values.values())))
+# experiment, claims, and the changes that make them true, then false
+PAIRS = [
+    ("hh_rlhf.overoptimisation", "HH-8 size", lambda: starved("small"), lambda: starved("large")),
+    ("rlaif.rlaif", "RA-6 direct", terse_labels, lambda: [*terse_labels(), (House, "scaled", arms_exchanged)]),
+    ("rlaif.rlaif", "RA-6 stale", terse_labels, list),  # then the reward model is the judge's own
+    ("spo.text", "SP-1 speed", lambda: curves(SLOW, LOST), lambda: curves(turned(SLOW), LOST)),
+    ("spo.text", "SP-2", lambda: curves(SLOW, LOST), lambda: curves(SLOW, turned(LOST))),
+]
+
+
+@pytest.mark.parametrize("name, claim, sound, faulty", PAIRS, ids=[claim for _, claim, *_ in PAIRS])
+def test_a_claim_follows_what_is_planted(name, claim, sound, faulty):
+    assert [verdicts(name, changes())[claim] for changes in (sound, faulty)] == [YES, NO]
+
+
+def audits(unmeasured=(), missed=(), others=(), alarms=()) -> dict[str, str]:
+    """Verdicts on audits' rows as `planted_faults` makes them, one per fault, with something wrong."""
+    faults = paper("open_problems.planted_faults")
+
+    def rows(fault, red):
+        status = lambda row: "absent" if fault == "none" and row in unmeasured else "measured"
+        return [{"id": row, "status": status(row), "flag": "red" if row in red else "ok"} for row in PROBLEMS]
+
+    seen = {fault: {row, *others} - {"", *missed} for fault, (_, row) in faults.FAULTS.items() if fault != "none"}
+    counts = faults.counted({fault: rows(fault, red) for fault, red in {"none": {*alarms}, **seen}.items()})
+    return {c.id: verdict([counts[c.statistic]] * 3, c.threshold, c.direction) for c in faults.CLAIMS}
+
+
+@pytest.mark.parametrize("claim, wrong", [
+    ("CA-1", dict(unmeasured=["H4"])), ("CA-2 seen", dict(missed=["P6"])), ("CA-3", dict(alarms=["P1"])),
+    ("CA-2 others", dict(others=["H2", "H4", "H6", "P2"])),
+])  # fmt: skip
+def test_what_is_wrong_with_an_audit_turns_its_claim(claim, wrong):
+    assert set(audits().values()) == {YES} and audits(unmeasured=["H9"])["CA-1"] == YES  # which has no probe
+    assert {name for name, found in audits(**wrong).items() if found == NO} == {claim}
+
+
 def test_every_experiment_on_the_embedded_world_has_a_fault():
     files = [file for file in experiment_files(ROOT / "experiments") if "PipelineConfig" in file.read_text()]
-    elsewhere = {"safe_rlhf.constrained_ppo", "open_problems.planted_faults"}  # test_constrained.py, test_audit.py
+    elsewhere = {"safe_rlhf.constrained_ppo", "open_problems.planted_faults"}  # test_constrained.py, audits
     assert {f"{file.parent.name}.{file.stem}" for file in files} == elsewhere | set(SETUPS)
     assert set(SETUPS) == {name for name, *_ in FAULTS}

@@ -27,6 +27,8 @@ SEEDS = {1000: dict(reach=0.95, loss=0.3), 1001: dict(reach=0.97, loss=0.1), 100
 EXPERIMENT = f'''"""An experiment."""
 CLAIMS = claims(
     "{PAPER}",
+    ("SP-1", "reach", ">=", 0.9, "a | b", "share of |gain| reached"),
+    ("SP-2", "loss", "<=", 0.25, "-", "what noise costs"),
 )
 '''
 
@@ -36,7 +38,7 @@ def root(tmp_path, monkeypatch) -> pathlib.Path:
     """A directory with an experiment of the embedded world, one of another world, and a file that is none."""
     monkeypatch.chdir(tmp_path)
     for name, text in {"spo/text.py": EXPERIMENT + "Config(PipelineConfig)", "spo/games.py": EXPERIMENT,
-                       "spo/helpers.py": "def draw(): ...", "made_up/other.py": "CLAIMS = ()"}.items():
+                       "spo/helpers.py": "def draw(): ...", "made_up/other.py": "CLAIMS = claims('made up')"}.items():
         pathlib.Path("experiments", name).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path("experiments", name).write_text(text)
     return pathlib.Path("experiments")
@@ -71,7 +73,8 @@ def test_a_line_by_hand():
     """0.95, 0.97, 0.96: mean 0.96, sd 0.01, t = 4.303 of two degrees of freedom, so 0.96 -+ 0.0248."""
     first, second = judged()
     assert results.line(first, {}) == (
-        r"| SP-1 | share of \|gain\| reached | a \| b | 0.96 [0.935, 0.985] | >= 0.9 | **supported** | - | 3 |"
+        r"| SP-1 | share of \|gain\| reached | a \| b (abstract) "
+        "| 0.96 [0.935, 0.985] | >= 0.9 | **supported** | - | 3 |"
     )
     elsewhere = judged("teacher", {seed: dict(reach=0.5 + seed / 1e5, loss=0.0) for seed in SEEDS})
     assert results.line(first, {"teacher": elsewhere[0]}).endswith(
@@ -86,10 +89,13 @@ def test_one_seed_has_no_interval_and_is_not_judged():
 
 def test_a_section_has_the_command_the_costs_and_the_analytic_truth_first(root):
     file = root / "spo/text.py"
-    assert results.section(file) == "### `python experiments/spo/text.py`\n\nNo report seed has run.\n"
+    assert results.section(file).startswith("### `python experiments/spo/text.py`\n\nNo report seed has run.\n\n|")
     (seeds := file.parent / "results" / file.stem).mkdir(parents=True)
     (seeds / "gold_world-seed1000.json").write_text("{}")
-    assert "Not judged yet; report seeds that have run: 1." in results.section(file)
+    *_, said, _, _, _, first, second = results.section(file).splitlines()
+    assert said == "Not judged yet; report seeds that have run: 1."
+    assert first == r"| SP-1 | share of \|gain\| reached | a \| b (abstract) | - | >= 0.9 | **not judged** | - | 1 |"
+    assert second == "| SP-2 | what noise costs | - | - | <= 0.25 | **not judged** | - | 1 |"
     leave(file, "teacher", judged("teacher", {seed: SEEDS[seed] for seed in (1000, 1001)}, 60.0)[:1])
     leave(file, "analytic", judged())
     head, _, costs, _, _, _, *rows = results.section(file).splitlines()
@@ -108,8 +114,17 @@ def test_a_document_groups_experiments_by_paper(root):
     assert headings == ["# Results", f"## {PAPER}", "### `python experiments/spo/games.py --seeds 3`",
                         "### `python experiments/spo/text.py`", "## made_up",
                         "### `python experiments/made_up/other.py`"]  # fmt: skip
-    assert f"What the paper reports is from {results.SOURCES[PAPER]}." in text
+    assert f"What the paper reports is from {results.SOURCES[PAPER][0]}." in text
     assert "What the paper reports is from the experiment file." in text
+
+
+@pytest.mark.parametrize("name, mark", [("SP-1", "abstract"), ("SP-3 control", "abstract"), ("SP-3 mix", "talk"),
+                                        ("SP-6", "derived here from its theory")])  # fmt: skip
+def test_a_claim_says_where_its_number_is_from_and_nothing_where_there_is_none(name, mark):
+    rest = dict(zip(("mean", "ci95", "verdict", "seeds"), (None, None, "not judged", ())))
+    row = dataclasses.asdict(CLAIMS[0]) | rest | {"id": name, "paper_says": "T"}
+    assert f"| T ({mark}) |" in results.line(row, {})
+    assert mark not in results.line(row | {"paper_says": "-"}, {})
 
 
 def test_a_table_keeps_its_columns_whatever_a_cell_holds(root):
@@ -185,7 +200,8 @@ def test_no_experiment_imports_another():
         assert not others & {name.partition(".")[0] for name in imported}, file
 
 
-FOLDERS = sorted(path for path in ROOT.glob("experiments/*/results/*") if path.is_dir())
+FOLDERS = sorted(path for path in ROOT.glob("experiments/*/results/*")
+                 if path.is_dir() and path.name != "side_by_side")  # which are audits: test_audit.py  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)

@@ -31,10 +31,9 @@ Parts = Mapping[str, Any]
 
 def poisoned_labels(parts: Parts) -> Parts:
     """One judge in twenty answers the opposite."""
-    pairs = parts["labels"].helpful
+    pairs = parts["labels"]
     theirs = np.arange(len(pairs)) * 20 // len(pairs) == 13
-    flipped = dataclasses.replace(pairs, prefs=np.where(theirs, 1 - pairs.prefs, pairs.prefs))
-    return {"labels": dataclasses.replace(parts["labels"], helpful=flipped)}
+    return {"labels": dataclasses.replace(pairs, prefs=np.where(theirs, 1 - pairs.prefs, pairs.prefs))}
 
 
 def broken_reward(parts: Parts) -> Parts:
@@ -109,6 +108,17 @@ CLAIMS = claims(
 )  # fmt: skip
 
 
+def counted(rows: Mapping[str, list]) -> dict[str, int]:
+    """What is claimed of audits' rows by fault; "none" is the run as it is."""
+    red = {name: {row["id"] for row in found if row["flag"] == "red"} for name, found in rows.items()}
+    probed, clean = probes.PROBES.keys() - {"H1"}, rows["none"]
+    return {
+        "not_measured": sum(row["status"] != "measured" for row in clean if row["id"] in probed),
+        "faults_missed": sum(row not in red[name] for name, (_, row) in FAULTS.items() if name != "none"),
+        "most_others": max(len(red[name] - {row} - red["none"]) for name, (_, row) in FAULTS.items()),
+        "false_alarms": len(red["none"])}  # fmt: skip
+
+
 def experiment(config: Config, run, cache) -> dict[str, float]:
     if cache.root is None:
         raise ValueError("an audit reads what stages have left: leave out --cache None")
@@ -132,17 +142,10 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         red[name] = {row["id"]: row["reasons"] for row in found["rows"] if row["flag"] == "red"}
         print(f"{name}: {red[name] or 'nothing red'}", flush=True)
     clean = rows["none"]
-    seen = {name: row in red[name] for name, (_, row) in FAULTS.items() if name != "none"}
-    others = {name: len(red[name].keys() - {row} - red["none"].keys()) for name, (_, row) in FAULTS.items()}
     figures.save(figures.grid(red, [row["id"] for row in clean]), run.path / "figures/faults.png")
     values = {f"{row['id']} {key}": value for row in clean for key, value in row["value"].items()
               if row["status"] == "measured" and value is not None}
-    return {
-        "not_measured": sum(row["status"] != "measured" for row in clean if row["id"] in probes.PROBES.keys() - {"H1"}),
-        "faults_missed": len(seen) - sum(seen.values()),
-        "most_others": max(others.values()),
-        "false_alarms": len(red["none"]),
-        **values}  # fmt: skip
+    return counted(rows) | values
 
 
 if __name__ == "__main__":

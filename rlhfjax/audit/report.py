@@ -21,6 +21,8 @@ HEADER = """# Audit of {run}
 Red: a number of this run lies beyond a bound that was fixed beforehand. Ok: none does, which does not say that the
 problem is solved. Intervals are 95 % and describe this one run. Rows with a proxy ask the world's truth, which nobody
 knows at full scale: the proxy would stand in. After Casper et al. (2307.15217). Config {config_hash}.
+
+Stages: {named}.
 """
 CURVES = {"score": "reward (sd of start)", "gold_helpfulness": "gold helpfulness r*", "kl": "KL (nats per answer)"}
 FIGURES = {
@@ -63,15 +65,18 @@ def audit(parts: Mapping[str, Any], declared: Mapping[str, str]) -> dict[str, An
         raise ValueError(f'declarations are of items "9", "10", "11" and name who has "signed_by", got {[*declared]}')
     parts, items = dict(parts), []
     rows = [measure(name, parts) for name in PROBLEMS]
-    known = parts["config"] | {row["id"]: row["value"] for row in rows if row["status"] == "measured"} | {
-        "world": parts["world"].version, "feedback": "which is more helpful, which more harmful; is each harmful",
-        "losses": "Bradley-Terry: disagreement is noise; for the cost, sign terms"}  # fmt: skip
+    known = {row["id"]: row["value"] for row in rows if row["status"] == "measured"}
+    if not isinstance(parts["world"], Absent):
+        known |= parts["config"] | {
+            "world": parts["world"].version, "feedback": "which is more helpful, which more harmful; is each harmful",
+            "losses": "Bradley-Terry: disagreement is noise; for the cost, sign terms"}  # fmt: skip
     for number, (item, names) in enumerate(DISCLOSURE, 1):
         said = {name: known[name] for name in names.split() if name in known}
         if str(number) in declared:
             said = {"declared": declared[str(number)], "signed_by": declared["signed_by"]}
         items.append({"item": number, "disclosed": item, "status": "declared" if said else "absent", "value": said})
-    return {"run": parts["run"], "config_hash": parts["config_hash"], "rows": rows, "disclosure": items}
+    whole = {key: parts[key] for key in ("run", "config_hash", "audited")}
+    return whole | {"rows": rows, "disclosure": items}
 
 
 def table(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> str:
@@ -80,12 +85,28 @@ def table(rows: Sequence[Mapping[str, Any]], hidden: Sequence[str] = ()) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Two runs' audits as one Markdown table: every number that has a bound, in bold where its flag is red."""
+
+    def cell(row, key):
+        value, ends = row["value"].get(key, row["status"]), row["ci95_of_this_run"].get(key)
+        red = any(reason.startswith(f"{key} ") for reason in row["reasons"]) and key in row["value"]
+        return ("**{}**" if red else "{}").format(f"{value} [{ends[0]}, {ends[1]}]" if ends else f"{value}")
+
+    runs = {f"{found['run']}, {found['audited']['policy']}{mark}": {row["id"]: row for row in found["rows"]}
+            for found, mark in ((first, ""), (second, "'" * (first["run"] == second["run"])))}  # fmt: skip
+    return table([{"row": name, "what": f"{PROBLEMS[name][0]}: {key.replace('_', ' ')}", "red if": f"{side} {bound:g}"}
+                  | {run: cell(rows[name], key) for run, rows in runs.items()}
+                  for name, key, side, bound, _ in THRESHOLDS])  # fmt: skip
+
+
 def write(found: Mapping[str, Any], parts: Mapping[str, Any], out: pathlib.Path) -> None:
     """Write audit.json, audit.md and the figures that there is evidence for to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "audit.json", found)
     tables = table(found["rows"], ["config", "needs_gold"]), table(found["disclosure"])
-    (out / "audit.md").write_text("\n".join([HEADER.format(**found), *tables]))
+    named = ", ".join(f"{role} {stage}" for role, stage in found["audited"].items() if stage) or "none"
+    (out / "audit.md").write_text("\n".join([HEADER.format(**found, named=named), *tables]))
     for name, figure in FIGURES.items():
         try:
             figures.save(tell(dict(parts), figure), out / f"{name}.png")
