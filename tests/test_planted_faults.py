@@ -389,7 +389,7 @@ def stale(*args):
     return curves | {"score": curves["score"][np.arange(len(curves["score"])) // 20 * 20]}
 
 
-def tested_in_other_units(*args):
+def in_other_units(*args):
     curves = TILT(*args)
     return curves | {"test": curves["test"] / 2}
 
@@ -449,7 +449,7 @@ FAULTS = [
     ("hh_rlhf.overoptimisation", "the small policy's reward is in other units",
      lambda: [(House, "optimise", small_policy_in_other_units)], {"HH-7 sizes": NO, "HH-7 root": YES}),
     ("hh_rlhf.overoptimisation", "the test model's scores are in other units",
-     lambda: [(HERE, "tilt", tested_in_other_units)], {"HH-8 early": NO, "HH-8 late": YES}),
+     lambda: [(HERE, "tilt", in_other_units)], {"HH-8 early": NO, "HH-8 late": YES}),
     ("hh_rlhf.overoptimisation", "reward is linear in the KL that is logged",
      lambda: [(HERE, "tilt", root_of_kl)], {"HH-7 rival": NO, "HH-7 root": NO}),
     ("hh_rlhf.overoptimisation", "labels say which answer is worse",
