@@ -304,7 +304,7 @@ LOSSES = [
 MODELS = [
     ("a network without layers", lambda: network(num_layers=0), ValueError,
      "num_layers must be positive and finite, got 0"),
-    ("an unknown norm", lambda: network(norm="batch"), ValueError, "norm must be one of rms, layer, got 'batch'"),
+    ("an unknown norm", lambda: network(norm="batch"), ValueError, "norm must be one of rms, .*layer, got 'batch'"),
     ("an unknown MLP", lambda: network(mlp="moe"), ValueError, "mlp must be one of gated, plain, got 'moe'"),
     ("an unknown activation", lambda: network(activation="swish2"), ValueError,
      "activation must be one of silu, .*, got 'swish2'"),

@@ -93,7 +93,7 @@ def test_uses_of_randomness_share_nothing_between_names_and_neighbouring_seeds()
 
 def test_every_scale_is_one_of_the_file():
     offered = typing.get_args(typing.get_type_hints(ExperimentConfig)["scale"])
-    assert set(paper.SCALES) == set(offered)
+    assert {"smoke", "cpu"} <= set(paper.SCALES) <= set(offered)
     assert all(config.scale == scale for scale, config in paper.SCALES.items())
 
 

@@ -406,10 +406,11 @@ def _in_rows(program: Callable, fitted: Any, data: Any, block: int = 2_048) -> n
 
 def sample_responses(
     *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
+    block: int = 128,
 ) -> Rollout:  # fmt: skip
     """One response per prompt of the embedded world, for any number of prompts."""
     return sample(config=config, policy=policy, prompts=prompts.tokens, prompt_mask=prompts.mask,
-                  decoding=_decoding(truth, temperature), seed=seed)  # fmt: skip
+                  decoding=_decoding(truth, temperature), seed=seed, block=block)  # fmt: skip
 
 
 def sample(
