@@ -139,7 +139,7 @@ def test_every_row_of_every_experiments_run_has_a_status(smoke, stem):
         assert measured == ({"P1"} if stem == "control" else set()) and "another world" in rows["H2"]["reasons"][0]
     else:  # people can be asked about held-out answers, whoever has labelled
         audited = parts["audited"]
-        needed = {"H4", "H6", "H8"} | ({"P1", "P2", "P6"} if audited["policy"] else set())
+        needed = {"H4", "H8"} | ({"P1", "P2", "P6"} if audited["policy"] else set())
         needed |= {"H3", "R1"} if audited["reward"] else set()
         needed |= {"R3", "J1"} if audited["reward"] and audited["policy"] else set()
         assert needed <= measured, needed - measured
@@ -150,6 +150,7 @@ def test_every_row_of_every_experiments_run_has_a_status(smoke, stem):
     ("constrained_ppo", ["plain"], "sft labels held-out reward None plain"),
     ("overoptimisation", [], "sft-small train-large-labels None train-large None small policy"),
     ("overoptimisation", ["small models"], "sft train-small-labels None train-small None small models"),
+    ("online", [], "sft reward-static-labels held-out reward-static None static"),
     ("rlaif", ["ai"], "sft reward-ai-labels held-out reward-ai None ai"),
     ("rlaif", ["direct"], "sft labels held-out None None direct"),
 ])  # fmt: skip

@@ -84,8 +84,9 @@ def load(run: pathlib.Path, cache: pathlib.Path | None = None, chosen: Sequence[
         while near := [origin for stage in near for origin in origins(stage)]:
             if found := [stage for stage in near if stage in names]:
                 return found[0]
-        bound = role in ("reward", "cost", "labels") and user
-        return None if bound or not names else role if role in names else max(names, key=lambda s: (models(s), s))
+        if not names or user and role in ("reward", "cost", "labels"):
+            return None
+        return same if (same := role.replace(" ", "-")) in names else max(names, key=lambda s: (models(s), s))
 
     world, seed, elsewhere = gold_world(config["truth"]), stream(config["seed"], "audit"), Absent(
         "the run is of another world than the embedded one: it asked no rater about answers in words")  # fmt: skip
