@@ -90,14 +90,14 @@ def test_accumulation_changes_memory_only(lagrangian):
 def multiplier_steps(step, **options):
     """How often the multiplier moved in one `step` of Lagrangian PPO."""
     params, ref, critics, rollout, scores, costs = setting()
-    init, _, _ = algorithm(True, MultiplierConfig(), **options)
+    init, *_ = algorithm(True, MultiplierConfig(), **options)
     state, _ = step(init(params, *critics), ref, rollout, scores, costs, key=jax.random.key(1))
     return int(state.multiplier.learner.step)
 
 
 def test_multiplier_moves_once_per_rollout_batch():
     options = dict(num_epochs=2, num_minibatches=4, num_accumulation=2)
-    _, step, _ = algorithm(True, MultiplierConfig(), **options)
+    _, step, *_ = algorithm(True, MultiplierConfig(), **options)
     assert multiplier_steps(step, **options) == 1
 
 
@@ -121,7 +121,7 @@ def test_first_ratio_is_one():
 def test_planted_stale_old_logprobs_are_caught(monkeypatch):
     ref = setting()[1]
 
-    def stale(policy, params, ref_params, rollout, config):
+    def stale(policy, params, reference, ref_params, rollout, config):
         logprobs, _ = response_logprobs(policy, ref, rollout, temperature=1.0)  # those of an earlier policy
         return logprobs, logprobs, {}
 
@@ -184,8 +184,8 @@ def test_kl_counts_response_tokens_only():
 def test_planted_kl_on_prompt_tokens_is_caught(monkeypatch):
     shipped = ppo._logprobs
 
-    def faulty(policy, params, ref_params, rollout, config):
-        logprobs, ref, metrics = shipped(policy, params, ref_params, rollout, config)
+    def faulty(policy, params, reference, ref_params, rollout, config):
+        logprobs, ref, metrics = shipped(policy, params, reference, ref_params, rollout, config)
         whole = Demonstrations(prompts=rollout.prompts[:, :1], prompt_mask=rollout.prompt_mask[:, :1],
                                tokens=sequences(rollout)[0][:, 1:],
                                mask=jnp.concatenate([rollout.prompt_mask[:, 1:], rollout.mask], -1))

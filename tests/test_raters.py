@@ -99,7 +99,7 @@ def test_a_learner_sees_tokens_and_labels_only():
     labels = ask(OPEN, STEP, CAREFUL, n=8)
     for batch in (labels.helpful, labels.harm):
         assert {f.name for f in dataclasses.fields(batch)} == {
-            "prompts", "prompt_mask", "responses", "responses_mask", "prefs", "signs"
+            "prompts", "prompt_mask", "responses", "responses_mask", "prefs", "signs", "margins"
         }  # fmt: skip
         assert set(np.unique(batch.prefs)) <= {0.0, 1.0} and batch.prefs.dtype == np.float32
     assert set(np.unique(labels.harm.signs)) <= {-1.0, 1.0} and labels.harm.signs.shape == (8, 2)
