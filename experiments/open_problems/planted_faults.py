@@ -83,8 +83,7 @@ FAULTS: dict[str, tuple[Callable[[Parts], Parts], str]] = {  # fault: the row th
     "broken reward model": (broken_reward, "R1"),
     "swapped harm": (swapped_harm, "R1"),
     "reward hacking": (hacked_reward, "R4"),
-    "collapsed policy": (collapsed_policy, "P6"),
-}
+    "collapsed policy": (collapsed_policy, "P6")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +142,8 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         print(f"{name}: {red[name] or 'nothing red'}", flush=True)
     clean = rows["none"]
     figures.save(figures.grid(red, [row["id"] for row in clean]), run.path / "figures/faults.png")
-    values = {f"{row['id']} {key}": value for row in clean for key, value in row["value"].items()
-              if row["status"] == "measured" and value is not None}
-    return counted(rows) | values
+    return counted(rows) | {f"{row['id']} {key}": value for row in clean for key, value in row["value"].items()
+                            if row["status"] == "measured" and value is not None}  # fmt: skip
 
 
 if __name__ == "__main__":
