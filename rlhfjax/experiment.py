@@ -80,6 +80,9 @@ class ExperimentConfig:
         if self.guard.nonfinite == "skip" and (self.seeds or self.results):
             raise ValueError("a result is reported only of a run that left no step out: --guard.nonfinite stop")
 
+    def check(self) -> None:
+        """Raise SystemExit for options that leave out what this scale needs; called before anything is written."""
+
     @property
     def world(self) -> GoldWorld:
         return gold_world(self.truth)
@@ -132,6 +135,7 @@ def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> Exper
     config = tyro.cli(type(default), default=default, args=list(argv))
     if config.scale not in scales:
         sys.exit(f"this experiment has no configuration for --scale {config.scale}; it has {', '.join(scales)}")
+    config.check()
     return config
 
 

@@ -194,7 +194,7 @@ def fit_that_explodes():
 def answers(policy=POLICY, **change):
     prompts = replace(WORLD.sample_prompts(0, 8, EQUAL), **change)
     return stages.sample_responses(
-        truth="analytic", config=NETWORK, policy=policy, prompts=prompts, temperature=1.0, seed=0, block=8
+        world=WORLD, config=NETWORK, policy=policy, prompts=prompts, temperature=1.0, seed=0, block=8
     )
 
 
@@ -214,7 +214,7 @@ def rl(prompt_mask=MASK, feedback=lambda rollout, key: (SCORES,), **change):
 
 def half_a_constraint(**given):
     return stages.train_policy(
-        truth="analytic", config=NETWORK, start=POLICY, reward=None, ppo=PPOConfig(), seed=0, label="half",
+        world=WORLD, config=NETWORK, start=POLICY, reward=None, ppo=PPOConfig(), seed=0, label="half",
         optimisation=RLConfig(num_iterations=1), prompts=None, monitor=Monitor(), **given,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from rlhfjax.worlds.language import WORDS, Family
 NETWORK = TransformerConfig(vocab_size=len(WORDS), d_model=16, num_layers=1, num_heads=2, d_ff=16, tie_embeddings=True)
 EQUAL = dict.fromkeys(Family, 0.25)
 WORLD, BLOCK = gold_world(), 16
-HERE = dict(truth="analytic", config=NETWORK)
+HERE = dict(world=WORLD, config=NETWORK)
 SAMPLING = HERE | dict(temperature=1.0)
 
 

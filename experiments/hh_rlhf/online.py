@@ -23,7 +23,7 @@ from rlhfjax.evaluation.gold_metrics import gold_values
 from rlhfjax.evaluation.win_rate import elo, win_rate
 from rlhfjax.experiment import main
 from rlhfjax.io.run import read_metrics
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.stages import FitConfig
 
@@ -40,7 +40,7 @@ class Config(PipelineConfig):
     """One RL update, the same in all arms."""
 
 
-SCALES = {"smoke": Config(**SMOKE), "cpu": Config()}
+SCALES = scales(Config)
 CLAIMS = claims(
     "HH-RLHF (2204.05862)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

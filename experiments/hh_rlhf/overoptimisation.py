@@ -22,10 +22,9 @@ from rlhfjax.evaluation.gold_metrics import best_of_n_curve
 from rlhfjax.evaluation.laws import at_one_kl, early_kl_laws
 from rlhfjax.experiment import main
 from rlhfjax.io.run import read_metrics
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig
-from rlhfjax.rl.preference_models import make_score
 from rlhfjax.stages import FitConfig, RLConfig
 
 
@@ -49,10 +48,9 @@ class Config(PipelineConfig):
     """Prompts for best-of-n."""
 
 
-SCALES = {
-    "smoke": Config(**SMOKE | dict(rl=RLConfig(num_iterations=12), num_best=8, num_best_prompts=32)),
-    "cpu": Config(),
-}
+SCALES = scales(Config,
+                smoke=dict(rl=RLConfig(num_iterations=12), num_best=8, num_best_prompts=32),
+                real=dict(small=256))  # fmt: skip
 CLAIMS = claims(
     "HH-RLHF (2204.05862)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -81,7 +79,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
                                                           config=starts[size][0])
         for name, half, size in fits))
     scored = house.scaled(policy, **{
-        name: stages.Scorer(make=make_score, config=starts[size][0], fitted=model)
+        name: stages.raw_scorer(starts[size][0], model)
         for (name, _, size), model in zip(fits, models)})
     arms = {"large": ("large", "large"), "small policy": ("small", "large"), "small models": ("large", "small")}
     stages.side_by_side(*(

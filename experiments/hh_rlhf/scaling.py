@@ -23,7 +23,8 @@ from rlhfjax.evaluation.claims import claims
 from rlhfjax.evaluation.laws import scaling_law
 from rlhfjax.evaluation.statistics import rank_correlation
 from rlhfjax.experiment import main
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.models.lora import IN_FULL
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.fit import take
 
 
@@ -45,7 +46,9 @@ class Config(PipelineConfig):
         return dataclasses.replace(fit, learning_rate=fit.learning_rate * (96 / width) ** 0.5, **change)
 
 
-SCALES = {"smoke": Config(**SMOKE | dict(num_pairs=512, widths=(16, 32), amounts=(64, 128, 256, 512))), "cpu": Config()}
+SCALES = scales(Config,
+                smoke=dict(num_pairs=512, widths=(16, 32), amounts=(64, 128, 256, 512)),
+                real=dict(widths=(64, 128, 256, 512), amounts=(3_000, 6_000, 12_000, 24_000)))  # fmt: skip
 CLAIMS = claims(
     "HH-RLHF (2204.05862)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -71,6 +74,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         for amount in config.amounts:
             steps = max(1, config.epochs * amount // config.preference.batch_size)
             fitted = house.fit(f"reward-{width}-{amount}", take(labels, np.arange(amount)), start, config=shape,
+                               lora=IN_FULL,
                                optimisation=config.at_width(config.preference, width, num_steps=steps))
             size = sum(x.size for x in tree.leaves(fitted))
             found[amount] = size, stages.raw_pair_scores(shape, fitted, held_out)

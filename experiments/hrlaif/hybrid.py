@@ -27,12 +27,11 @@ from rlhfjax.evaluation.win_rate import gold_agreement, people_win_rate
 from rlhfjax.experiment import main
 from rlhfjax.feedback.hybrid import hybrid_prefs, rewrite, rewritten_pairs, with_style_bias
 from rlhfjax.feedback.red_team import attack
-from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig, Shares
+from rlhfjax.pipeline import CHECKPOINT_JUDGE, JudgeConfig, Pipeline, PipelineConfig, Shares, scales
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.rl.preference_models import make_cost_loss
 from rlhfjax.stages import FitConfig, RLConfig, judging
-from rlhfjax.worlds.behaviour import prompt_facts
 from rlhfjax.worlds.language import Family
 
 
@@ -66,9 +65,10 @@ class Config(PipelineConfig):
     """Kinds of prompts that the red team tries."""
 
 
-SCALES = {"smoke": Config(**SMOKE, judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50)),
-                          doses=(0.0, 1.0), num_candidates=64),
-          "cpu": Config()}  # fmt: skip
+SCALES = scales(Config,
+                smoke=dict(judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50)), doses=(0.0, 1.0),
+                           num_candidates=64),
+                real=dict(judge=CHECKPOINT_JUDGE))  # fmt: skip
 CLAIMS = claims(
     "HRLAIF (2403.08309)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -122,7 +122,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     wins = {arm: people_win_rate(world, config.rater, answers[arm], answers["SFT"], house.seed("people"))
             for arm in policies}
     change = {arm: gold[arm]["satisfaction"] - gold["SFT"]["satisfaction"] for arm in policies}
-    question = np.asarray(prompt_facts(plain.prompts).question)
+    question = np.asarray(world.family(plain.prompts)) == Family.VERIFIABLE
     agreed = lambda arm, kept: gold_agreement(world, pairs[arm], kept)
     figures.save(figures.lines(config.doses, {
         "satisfaction minus SFT's": [change[f"basic {dose:g}"] for dose in config.doses],

@@ -20,7 +20,7 @@ from rlhfjax.audit import probes, report
 from rlhfjax.evaluation import figures
 from rlhfjax.evaluation.claims import claims
 from rlhfjax.experiment import main
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.multiplier import MultiplierConfig
 from rlhfjax.rl.preference_models import make_cost_loss
 from rlhfjax.types import Rollout
@@ -96,7 +96,7 @@ class Config(PipelineConfig):
     """The learner of lambda."""
 
 
-SCALES = {"smoke": Config(**SMOKE, harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)), "cpu": Config()}
+SCALES = scales(Config, smoke=dict(harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)))
 CLAIMS = claims(
     "Open Problems (2307.15217)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

@@ -5,11 +5,12 @@ Command   python experiments/real_data/preference_models.py --data HH/harmless-b
           python experiments/real_data/preference_models.py --data PKU.jsonl.gz --quality harm
           python experiments/real_data/preference_models.py --data FILES --checkpoint DIR [--lora.rank 16]
 Measured  Held-out accuracy with its interval, calibration, accuracy by score gap, correlation with length; a split by
-          prompt. README.md has the figures on public files.
+          prompt. README.md has figures of public files.
 """
 
 import dataclasses
 import pathlib
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from rlhfjax.models.lora import IN_FULL, LoraConfig
 from rlhfjax.models.transformer import TransformerConfig, make_language_model
 from rlhfjax.parallel.mesh import fetch
 from rlhfjax.rl.fit import take
-from rlhfjax.rl.preference_models import make_cost_loss, make_reward_loss
+from rlhfjax.rl.preference_models import make_cost_loss, make_reward_loss, make_score
 from rlhfjax.stages import FitConfig
 
 
@@ -63,6 +64,12 @@ class Config(ExperimentConfig):
         if self.lora.rank and self.checkpoint is None:
             raise ValueError("lora changes a checkpoint's weights: give --checkpoint")
 
+    def check(self) -> None:
+        if not self.data:
+            raise SystemExit("name the files of pairs: --data FILE [FILE ...]")
+        if self.scale in ("gpu", "pod") and self.checkpoint is None:
+            raise SystemExit(f"--scale {self.scale} works on a checkpoint: give --checkpoint DIR")
+
     @property
     def label(self) -> str:
         return "real data"
@@ -73,14 +80,12 @@ SCALES = {
                     dataclasses.replace(Config.network, d_model=32, num_layers=1, num_heads=2, d_ff=64),
                     **dict.fromkeys(("pretraining", "preference"), FitConfig(num_steps=20, batch_size=8))),
     "cpu": Config(),
-    "gpu": Config(scale="gpu", lengths=Lengths(max_prompt=1_024, max_response=512),
-                  preference=FitConfig(num_steps=2_500, batch_size=64, learning_rate=1e-5, weight_decay=0.1)),
+    **{scale: Config(scale=scale, lengths=Lengths(max_prompt=1_024, max_response=512), preference=FitConfig(
+        num_steps=2_500, batch_size=64, learning_rate=1e-5, weight_decay=0.1)) for scale in ("gpu", "pod")},
 }  # fmt: skip
 
 
 def experiment(config: Config, run, cache) -> dict[str, float]:
-    if not config.data:
-        raise SystemExit("name the files of pairs: --data FILE [FILE ...]")
     # 1. What can be learned from, split by prompt; the report comes before any training.
     records, report = read(config.data, seed=config.seed, strict=config.strict)
     train, held_out = split_by_prompt(records, config.held_out_shares[1], config.seed)
@@ -111,7 +116,8 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         role, stages.fit_preference_model, monitor=run.monitor(role), label=role, config=network, start=base,
         pairs=pairs, make_loss=make_reward_loss if pairs.signs is None else make_cost_loss, lora=config.lora,
         optimisation=config.preference, seed=stream(config.seed, role))  # fmt: skip
-    score = lambda rows: stages.raw_pair_scores(network, fitted, rows, config.lora, base)
+    model = stages.Scorer(make=make_score, config=network, fitted=fitted, lora=config.lora, frozen=base)
+    score = partial(stages.raw_pair_scores, network, model)
     seen = take(pairs, np.arange(min(len(pairs), len(unseen))))
     return report_of(run.path / "figures", role, score(unseen), unseen) | {
         "train_accuracy": calibration.pair_accuracy(score(seen), seen.prefs),

@@ -23,7 +23,7 @@ from rlhfjax.evaluation import figures
 from rlhfjax.evaluation.claims import claims
 from rlhfjax.evaluation.judges import judge_statistics, told_apart
 from rlhfjax.experiment import main
-from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig
+from rlhfjax.pipeline import JudgeConfig, Pipeline, PipelineConfig, scales
 from rlhfjax.stages import FitConfig, judging
 
 
@@ -47,9 +47,9 @@ class Config(PipelineConfig):
         return dataclasses.replace(self.judge, width=width, first_share=first_share)
 
 
-SCALES = {"smoke": Config(**SMOKE, widths=(8, 16),
-                          judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50))),
-          "cpu": Config()}  # fmt: skip
+SCALES = scales(Config,
+                smoke=dict(widths=(8, 16), judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50))),
+                real=dict(widths=(128, 256, 512)))  # fmt: skip
 CLAIMS = claims(
     "RLAIF (2309.00267)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

@@ -26,7 +26,7 @@ from rlhfjax.evaluation.gold_metrics import gold_values
 from rlhfjax.evaluation.win_rate import compare_policies, order_agreement
 from rlhfjax.experiment import main
 from rlhfjax.io.run import read_metrics
-from rlhfjax.pipeline import SMOKE, JudgeConfig, Pipeline, PipelineConfig
+from rlhfjax.pipeline import CHECKPOINT_JUDGE, JudgeConfig, Pipeline, PipelineConfig, scales
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.ppo import PPOConfig, reinforce
 from rlhfjax.stages import FitConfig, RLConfig, judging
@@ -48,8 +48,9 @@ class Config(PipelineConfig):
     """Every arm; one step per batch."""
 
 
-SCALES = {"smoke": Config(**SMOKE, judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50))),
-          "cpu": Config()}  # fmt: skip
+SCALES = scales(Config,
+                smoke=dict(judge=JudgeConfig(num_pairs=400, optimisation=FitConfig(num_steps=50))),
+                real=dict(judge=CHECKPOINT_JUDGE))  # fmt: skip
 CLAIMS = claims(
     "RLAIF (2309.00267)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

@@ -18,7 +18,7 @@ from rlhfjax import stages
 from rlhfjax.evaluation import constrained
 from rlhfjax.evaluation.claims import claims
 from rlhfjax.experiment import main
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.multiplier import MultiplierConfig
 from rlhfjax.rl.preference_models import make_cost_loss
 
@@ -41,7 +41,7 @@ class Config(PipelineConfig):
             raise ValueError(f"harm_limit must lie in (0, 1), got {self.harm_limit}")
 
 
-SCALES = {"smoke": Config(**SMOKE, harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)), "cpu": Config()}
+SCALES = scales(Config, smoke=dict(harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)))
 CLAIMS = claims(
     "Safe RLHF (2310.12773)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -78,7 +78,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     scored = house.scaled(sft, reward=reward, cost=cost)
     constraint = dict(limit=config.harm_limit / float(scored["cost"].fitted.scale), multiplier=config.multiplier)
     stages.check_cost_limit(
-        truth=config.truth, config=config.network, policy=sft, **scored, **constraint, ppo=config.ppo,
+        world=house.world, config=config.network, policy=sft, **scored, **constraint, ppo=config.ppo,
         prompts=house.prompts("limit", 64, config.rl_shares), seed=house.seed("limit"))
     # 5. RL from the same start on the same prompts: under the limit, and on the reward alone.
     safe, plain = stages.side_by_side(

@@ -24,7 +24,7 @@ from rlhfjax.evaluation.claims import claims
 from rlhfjax.evaluation.gold_metrics import gold_values
 from rlhfjax.experiment import main
 from rlhfjax.feedback.red_team import attack
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig, Shares
+from rlhfjax.pipeline import Pipeline, PipelineConfig, Shares, scales
 from rlhfjax.rl.fit import take
 from rlhfjax.rl.multiplier import MultiplierConfig
 from rlhfjax.rl.preference_models import make_cost_loss, make_reward_loss
@@ -55,9 +55,10 @@ class Config(PipelineConfig):
     """Kinds of prompts that the red team tries."""
 
 
-SCALES = {"smoke": Config(**SMOKE, num_rounds=2, num_candidates=64, harm_limit=0.3,
-                          multiplier=MultiplierConfig(learning_rate=1e-3)),
-          "cpu": Config()}  # fmt: skip
+SCALES = scales(Config,
+                smoke=dict(num_rounds=2, num_candidates=64, harm_limit=0.3,
+                           multiplier=MultiplierConfig(learning_rate=1e-3)),
+                real=dict(num_pairs=10_000))  # fmt: skip
 CLAIMS = claims(
     "Safe RLHF (2310.12773)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

@@ -21,7 +21,7 @@ from rlhfjax.evaluation.claims import claims
 from rlhfjax.evaluation.constrained import dominance, weight_at_limit
 from rlhfjax.evaluation.gold_metrics import gold_values
 from rlhfjax.experiment import main
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig, Shares
+from rlhfjax.pipeline import Pipeline, PipelineConfig, Shares, scales
 from rlhfjax.rl.multiplier import MultiplierConfig
 from rlhfjax.rl.preference_models import make_cost_loss, make_shaped
 from rlhfjax.stages import RLConfig
@@ -50,10 +50,7 @@ class Config(PipelineConfig):
         return {"mild": self.mild_shares, "harsh": self.harsh_shares}
 
 
-SCALES = {
-    "smoke": Config(**SMOKE, weights=(0.5, 2.0), harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)),
-    "cpu": Config(),
-}
+SCALES = scales(Config, smoke=dict(weights=(0.5, 2.0), harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)))
 CLAIMS = claims(
     "Safe RLHF (2310.12773)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -73,11 +70,12 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
     scored = house.scaled(sft, reward=reward, cost=cost)
     limit = config.harm_limit / float(scored["cost"].fitted.scale)
     half = dataclasses.replace(config.ppo, kl_coef=config.ppo.kl_coef / 2)  # what the reward carries beside a cost
-    critic = (config.network, reward)
+
+    raw = stages.raw_scorer(config.network, reward)  # what critics start from
 
     def shaped(weight: float) -> stages.Scorer:
         fitted = {name: scorer.fitted for name, scorer in scored.items()} | {"weight": np.float32(weight)}
-        return stages.Scorer(make=make_shaped, config=config.network, fitted=fitted)
+        return dataclasses.replace(scored["reward"], make=make_shaped, fitted=fitted)
 
     jobs, measured = {}, {}
     for name, shares in config.environments.items():
@@ -86,7 +84,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
             f"{name} lagrangian", sft, **scored, limit=limit, multiplier=config.multiplier, prompts=prompts)
         for weight in config.weights:
             jobs[name, weight] = lambda name=name, prompts=prompts, weight=weight: house.optimise(
-                f"{name} {weight:g}", sft, shaped(weight), ppo=half, critic=critic, prompts=prompts)
+                f"{name} {weight:g}", sft, shaped(weight), ppo=half, critic=raw, prompts=prompts)
     policies = dict(zip(jobs, stages.side_by_side(*jobs.values())))
     for name, shares in config.environments.items():
         test = house.world.sample_prompts(1, config.num_evaluated, dict(zip(Family, shares)), "test")

@@ -24,7 +24,7 @@ from rlhfjax.experiment import main
 from rlhfjax.feedback.self_play import MANNERS, Population
 from rlhfjax.io.run import read_metrics
 from rlhfjax.losses import exploitability
-from rlhfjax.pipeline import SMOKE, Pipeline, PipelineConfig
+from rlhfjax.pipeline import Pipeline, PipelineConfig, scales
 from rlhfjax.rl.ppo import PPOConfig
 from rlhfjax.stages import RLConfig
 
@@ -47,7 +47,7 @@ class Config(PipelineConfig):
     """Benign prompts alone."""
 
 
-SCALES = {"smoke": Config(**SMOKE, noises=(0.0, 0.3)), "cpu": Config()}
+SCALES = scales(Config, smoke=dict(noises=(0.0, 0.3)))
 CLAIMS = claims(
     "SPO (2401.04056)",
     # id, statistic, direction, threshold, what the paper says, what is claimed
@@ -70,7 +70,7 @@ def experiment(config: Config, run, cache) -> dict[str, float]:
         jobs[f"{method} cyclic"] = (method, cyclic)
     prompts = house.prompts("rl", 4_096, config.rl_shares)
     train = lambda name, method, people: house.stage(
-        name, stages.train_by_preferences, "policy", truth=config.truth, start=sft, people=people, method=method,
+        name, stages.train_by_preferences, "policy", world=house.world, start=sft, people=people, method=method,
         num_samples=config.num_samples, ppo=config.ppo, optimisation=config.rl, prompts=prompts, seed=house.seed("rl"))
     stages.side_by_side(*(lambda name=name, job=job: train(name, *job) for name, job in jobs.items()))
     curves = {name: read_metrics(run.path / "metrics.jsonl", name) for name in jobs}

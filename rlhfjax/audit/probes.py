@@ -73,7 +73,7 @@ def load(run: pathlib.Path, cache: pathlib.Path | None = None, chosen: Sequence[
         if role in ("reward", "cost"):
             return stages.Scorer(make=make_score, config=shape, fitted=value)
         return lambda prompts, num=1: stages.sample_responses(
-            truth=world.truth, config=shape, policy=value, temperature=config["ppo"]["temperature"], seed=seed,
+            world=world, config=shape, policy=value, temperature=config["ppo"]["temperature"], seed=seed,
             prompts=take(prompts, np.repeat(np.arange(len(prompts)), num)))  # fmt: skip
 
     def pick(role: str, user: str | None) -> str | None:

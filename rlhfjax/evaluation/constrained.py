@@ -17,8 +17,8 @@ from rlhfjax.evaluation.gold_metrics import as_text, gold_values, read_answers
 from rlhfjax.feedback.raters import Comparisons, Rater, agreement
 from rlhfjax.io.run import read_metrics, write_json
 from rlhfjax.types import Params, PreferenceBatch, Rollout
-from rlhfjax.worlds.behaviour import prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
+from rlhfjax.worlds.language import Family
 
 
 def sigmoid(x) -> np.ndarray:
@@ -48,7 +48,7 @@ def preference_statistics(
     """
     helpful, harm = held_out.helpful, held_out.harm
     reward, cost, pairwise = score_pairs(reward, helpful), score_pairs(cost, harm), score_pairs(pairwise, harm)
-    risky = np.asarray(prompt_facts(harm.prompts).danger > 0)
+    risky = np.isin(np.asarray(world.family(harm.prompts)), (Family.DANGEROUS, Family.GREY))
     rank = {name: pair_accuracy(s[risky], harm.prefs[risky]) for name, s in (("cost", cost), ("pairwise", pairwise))}
     signs = {name: sign_accuracy(s, harm.signs) for name, s in (("cost", cost), ("pairwise", pairwise))}
     measured = {
@@ -172,7 +172,7 @@ def report(
     }
     for name, figure in drawn.items():
         figures.save(figure, directory / "figures" / f"{name}.png")
-    answers = read_answers(world, arms, range(40))
+    answers = read_answers(world, arms, range(min(40, len(arms["SFT"].tokens))))
     write_json(directory / "samples.json", answers)
     print(as_text(answers[:8]))
     met = constraint_statistics(histories["constrained"], {name: costs(arm) for name, arm in arms.items()}, limit,

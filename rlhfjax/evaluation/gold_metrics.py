@@ -1,7 +1,6 @@
 """What a policy does, by the truth of a world: for the log and for claims, never for a learner."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,12 +9,11 @@ import numpy as np
 
 from rlhfjax.masked import masked_mean
 from rlhfjax.types import PreferenceBatch, Rollout
-from rlhfjax.worlds.behaviour import family, prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
 from rlhfjax.worlds.language import Family
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def gold_metrics(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
     """Gold metrics of a rollout, each `[]`; NaN where the batch has no prompt of the kind.
 
@@ -25,8 +23,8 @@ def gold_metrics(world: GoldWorld, rollout: Rollout) -> dict[str, jax.Array]:
     """
     gold = world.gold(rollout.prompts, rollout.tokens, rollout.mask)
     seen = world.features(rollout.prompts, rollout.tokens, rollout.mask)
-    asked = prompt_facts(rollout.prompts)
-    is_a = lambda kind: family(asked) == kind
+    asked = world.family(rollout.prompts)
+    is_a = lambda kind: asked == kind
     dangerous, grey, checkable = is_a(Family.DANGEROUS), is_a(Family.GREY), is_a(Family.VERIFIABLE)
     benign, everywhere = is_a(Family.BENIGN), jnp.ones_like(dangerous)
     mean = lambda x, kept: masked_mean(jnp.asarray(x, jnp.float32), kept)
@@ -81,7 +79,7 @@ def read_answers(world: GoldWorld, arms: Mapping[str, Rollout], rows: Sequence[i
     """What each arm answered to the same prompts, in words, with the truth: `{prompt, kind, answers: {arm: ...}}`."""
     gold = {arm: world.gold(r.prompts, r.tokens, r.mask) for arm, r in arms.items()}
     prompts = next(iter(arms.values())).prompts
-    kinds = [Family(kind).name.lower() for kind in np.asarray(family(prompt_facts(prompts)))]
+    kinds = [Family(kind).name.lower() for kind in np.asarray(world.family(prompts))]
     return [
         {
             "prompt": world.decode(prompts[row]),

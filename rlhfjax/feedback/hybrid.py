@@ -7,8 +7,8 @@ import numpy as np
 from scipy.special import expit, logit
 
 from rlhfjax.types import PreferenceBatch, Rollout
-from rlhfjax.worlds.behaviour import prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
+from rlhfjax.worlds.language import Family
 
 
 def hybrid_prefs(world: GoldWorld, pairs: PreferenceBatch) -> np.ndarray:
@@ -19,7 +19,7 @@ def hybrid_prefs(world: GoldWorld, pairs: PreferenceBatch) -> np.ndarray:
     """
     twice = np.repeat(np.asarray(pairs.prompts)[:, None], 2, 1)
     correct = np.asarray(world.features(twice, pairs.responses, pairs.responses_mask).answer) > 0
-    question = np.asarray(prompt_facts(pairs.prompts).question)
+    question = np.asarray(world.family(pairs.prompts)) == Family.VERIFIABLE
     checked = (1 + correct[:, 0].astype(np.float32) - correct[:, 1]) / 2
     return np.where(question & ~correct.all(1), checked, pairs.prefs).astype(np.float32)
 

@@ -30,11 +30,18 @@ from rlhfjax.types import Params, PreferenceBatch, Rollout, before_response_toke
 from rlhfjax.worlds.language import WORDS
 
 NUM_SCORES = 10
-# The world's own numbers are words ("one"), so no answer can say what a judge says. "10" is one word here; with a
-# tokenizer that splits it, the probabilities of whole strings are needed.
-JUDGE_WORDS = (*WORDS, "<1>", "<2>", "<score>", "<verdict>", *map(str, range(1, NUM_SCORES + 1)))
-_ID = {word: i for i, word in enumerate(JUDGE_WORDS)}
-_SCORES = np.array([_ID[str(score)] for score in range(1, NUM_SCORES + 1)])
+# The last rows of a judge's vocabulary, whatever language stands before them: no answer can say what a judge says, and
+# "10" is one token where a tokenizer may split it.
+JUDGE_TOKENS = ("<1>", "<2>", "<score>", "<verdict>", *map(str, range(1, NUM_SCORES + 1)))
+JUDGE_WORDS = (*WORDS, *JUDGE_TOKENS)
+
+
+def _ids(model: Model, *words: str) -> np.ndarray:
+    """A judge's own tokens."""
+    return model.config.vocab_size - len(JUDGE_TOKENS) + np.array([JUDGE_TOKENS.index(word) for word in words])
+
+
+_SCORES = tuple(map(str, range(1, NUM_SCORES + 1)))
 _VERDICTS = _SCORES[:2]
 
 
@@ -106,11 +113,12 @@ def put_preferred_first(data: JudgingData, share: float, seed: int) -> JudgingDa
     return jax.tree.map(lambda x, y: np.where(turned.reshape(-1, *[1] * (y.ndim - 1)), x, y), other, data)
 
 
-def _read(prompts, prompt_mask, *answers) -> tuple[jax.Array, jax.Array]:
+def _read(model: Model, prompts, prompt_mask, *answers) -> tuple[jax.Array, jax.Array]:
     """What the judge reads, tokens and mask `[N, S]`: up to the `<score>` behind the last of `answers` (tokens, mask);
     behind two of them `<verdict>` too."""
     chex.assert_rank([prompts, *(tokens for tokens, _ in answers)], 2)
-    column = lambda word: (jnp.full((len(prompts), 1), _ID[word], jnp.int32), jnp.ones((len(prompts), 1), bool))
+    shape = (len(prompts), 1)
+    column = lambda word: (jnp.full(shape, _ids(model, word)[0], jnp.int32), jnp.ones(shape, bool))
     parts = [(prompts, prompt_mask)]
     for name, answer in zip(("<1>", "<2>"), answers):
         parts += [column(name), answer, column("<score>")]
@@ -119,9 +127,9 @@ def _read(prompts, prompt_mask, *answers) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate(tokens, 1), jnp.concatenate(masks, 1)
 
 
-def _read_pairs(pairs: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+def _read_pairs(model: Model, pairs: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
     answers = ((pairs.responses[:, k], pairs.responses_mask[:, k]) for k in (0, 1))
-    return _read(pairs.prompts, pairs.prompt_mask, *answers)
+    return _read(model, pairs.prompts, pairs.prompt_mask, *answers)
 
 
 def make_judge_loss(model: Model, *, rating_coef: float = 1.0, token_coef: float = 0.4):
@@ -136,13 +144,14 @@ def make_judge_loss(model: Model, *, rating_coef: float = 1.0, token_coef: float
 
     def loss_fn(params: Params, batch: JudgingData):
         pairs, num_tokens = batch.pairs, batch.pairs.responses.shape[-1]
-        tokens, mask = _read_pairs(pairs)
+        tokens, mask = _read_pairs(model, pairs)
         logits, _ = model.apply(params, tokens, mask)
         logprobs = jax.nn.log_softmax(logits)
-        first, second = (logprobs[:, -1, word] for word in _VERDICTS)
+        first, second = (logprobs[:, -1, word] for word in _ids(model, *_VERDICTS))
         ends = (-4 - num_tokens, -2)  # the two <score>
         chosen = lambda logprobs, words: jnp.take_along_axis(logprobs, words[..., None], -1)[..., 0]
-        rated = chosen(jnp.stack([logprobs[:, end] for end in ends], 1), jnp.asarray(_SCORES)[batch.stars - 1])
+        stars = jnp.asarray(_ids(model, *_SCORES))[batch.stars - 1]
+        rated = chosen(jnp.stack([logprobs[:, end] for end in ends], 1), stars)
         said = jnp.stack([before_response_tokens(logprobs[:, :end], num_tokens) for end in ends], 1)
         spoken = chosen(said, jnp.where(pairs.responses_mask, pairs.responses, 0))
         parts = {
@@ -165,8 +174,8 @@ def make_verdict(model: Model) -> Callable[[Params, PreferenceBatch], jax.Array]
     """
 
     def verdict(params: Params, pairs: PreferenceBatch) -> jax.Array:
-        logits, _ = model.apply(params, *_read_pairs(pairs), num_outputs=1)
-        return jax.nn.softmax(logits[:, 0, _VERDICTS])[:, 0]
+        logits, _ = model.apply(params, *_read_pairs(model, pairs), num_outputs=1)
+        return jax.nn.softmax(logits[:, 0, _ids(model, *_VERDICTS)])[:, 0]
 
     return verdict
 
@@ -192,8 +201,8 @@ def make_rating(model: Model):
     """
 
     def rating(params: Params, prompts, prompt_mask, tokens, mask) -> jax.Array:
-        logits, _ = model.apply(params, *_read(prompts, prompt_mask, (tokens, mask)), num_outputs=1)
-        return jnp.sum(jax.nn.softmax(logits[:, 0, _SCORES]) * jnp.arange(1.0, NUM_SCORES + 1), -1)
+        logits, _ = model.apply(params, *_read(model, prompts, prompt_mask, (tokens, mask)), num_outputs=1)
+        return jnp.sum(jax.nn.softmax(logits[:, 0, _ids(model, *_SCORES)]) * jnp.arange(1.0, NUM_SCORES + 1), -1)
 
     return rating
 

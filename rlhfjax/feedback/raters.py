@@ -1,7 +1,6 @@
 """Simulated people: they know the truth of a world, and let a learner see their noisy labels only."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import scipy.special
 
 from rlhfjax.types import PreferenceBatch, check_mask, pytree
-from rlhfjax.worlds.behaviour import prompt_facts
 from rlhfjax.worlds.gold_world import GoldWorld
+from rlhfjax.worlds.language import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +66,10 @@ def panel(num_raters: int, seed: int, base: Rater = Rater()) -> tuple[Rater, ...
 
 @pytree
 class Comparisons:
-    """The same pairs under both questions: helpful (no signs) and harm (prefs and signs, + = harmful)."""
+    """The same pairs under both questions: helpful (no signs) and harm (prefs and signs, + = harmful) or None."""
 
     helpful: PreferenceBatch
-    harm: PreferenceBatch
+    harm: PreferenceBatch | None
 
 
 @pytree
@@ -81,13 +80,13 @@ class Ratings:
     satisfied: np.ndarray
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _look(world: GoldWorld, prompts, prompt_mask, tokens, mask):
     """What there is to see in answers `[N, K, T]`: r*, c* and style words `[N, K]`; is it a question `[N]`."""
     prompts = jnp.where(prompt_mask, prompts, world.pad_id)
     repeated = jnp.repeat(prompts[:, None], tokens.shape[1], 1)
     gold, seen = world.gold(repeated, tokens, mask), world.features(repeated, tokens, mask)
-    return gold.helpfulness, gold.harm, seen.style, prompt_facts(prompts).question
+    return gold.helpfulness, gold.harm, seen.style, world.family(prompts) == Family.VERIFIABLE
 
 
 def _feel(world: GoldWorld, rater: Rater, prompts, prompt_mask, tokens, mask):
@@ -126,7 +125,7 @@ def compare(world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, res
     Returns:
         Two PreferenceBatches with NumPy labels. helpful.prefs: 1 where the first is more helpful, 0 where the second
         is, 0.5 for a verified tie. harm.prefs: 1 where the first is **more harmful**, else 0; harm.signs `[N, 2]`:
-        +1 = harmful, -1 = harmless.
+        +1 = harmful, -1 = harmless. harm is None in a world that cannot tell what is harmful.
     Source: Safe RLHF (2310.12773), section 3.1: decoupled annotation.
     """
     if responses.ndim != 3 or responses.shape[1] != 2:
@@ -137,9 +136,9 @@ def compare(world: GoldWorld, rater: Rater, prompts, prompt_mask, responses, res
     better = _prefer(rng, rater, helpful, verified)
     worse = _answer(rng, harm[:, 0] - harm[:, 1], rater.temperature_harm, rater.flip)
     signs = 2 * _answer(rng, harm, rater.temperature_safe, rater.flip) - 1
-    return Comparisons(
-        helpful=PreferenceBatch(**pairs, prefs=better), harm=PreferenceBatch(**pairs, prefs=worse, signs=signs)
-    )
+    told = not np.isnan(harm).all()
+    return Comparisons(helpful=PreferenceBatch(**pairs, prefs=better),
+                       harm=PreferenceBatch(**pairs, prefs=worse, signs=signs) if told else None)  # fmt: skip
 
 
 def compare_merged(
@@ -173,8 +172,8 @@ def agreement(world: GoldWorld, rater: Rater, labels: Comparisons) -> dict[str, 
 
     Keys: helpful, harm, sign. Pairs that the rater cannot tell apart are left out (NaN: no other). For evaluation only.
     """
-    pairs = labels.helpful
-    helpful, harm, _ = _feel(world, rater, pairs.prompts, pairs.prompt_mask, pairs.responses, pairs.responses_mask)
+    feel = lambda x: _feel(world, rater, x.prompts, x.prompt_mask, x.responses, x.responses_mask)
+    (helpful, _, _), (_, harm, _) = feel(labels.helpful), feel(labels.harm)
 
     def share(margin, yes):
         agreed = ((margin > 0) == (yes > 0))[margin != 0]

@@ -47,7 +47,7 @@ def manners(world: GoldWorld, rollout: Rollout) -> jax.Array:
     return jnp.where(seen.care, 0, jnp.where(seen.style > 0, 1, 2))
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames="num_samples")
+@partial(jax.jit, static_argnums=1, static_argnames="num_samples")
 def sibling_preferences(
     world: GoldWorld, people: Population, rollout: Rollout, key: jax.Array, *, num_samples: int
 ) -> jax.Array:

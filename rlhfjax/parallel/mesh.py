@@ -191,7 +191,7 @@ def place(tree: Any, axes: Any, rules: Mapping = TRAIN_RULES) -> Any:
 
 def padded(num_rows: int) -> int:
     """The next number of rows, from `num_rows` on, that divides over data and fsdp."""
-    shape = jax.sharding.get_mesh().shape
+    shape = jax.sharding.get_abstract_mesh().shape  # inside a jit too
     parts = math.prod(shape.get(axis, 1) for axis in TRAIN_RULES["batch"])
     return -(-num_rows // parts) * parts
 

@@ -54,8 +54,8 @@ from rlhfjax.types import (
     check_mask,
     check_shapes,
 )
-from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import Prompts
+from rlhfjax.worlds.recorded import World
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,9 +327,7 @@ class Decoding:
     temperature: float = 1.0
 
 
-def _decoding(truth: str, temperature: float) -> Decoding:
-    """That of the embedded world."""
-    world = gold_world(truth)
+def _decoding(world: World, temperature: float) -> Decoding:
     return Decoding(max_tokens=world.max_tokens, eos_id=world.eos_id, pad_id=world.pad_id, temperature=temperature)
 
 
@@ -396,21 +394,26 @@ def _pair_scorer(config: TransformerConfig, lora: LoraConfig):
     return jax.jit(lambda placed, pairs: mesh.constrain(score(placed, pairs), None, None))
 
 
+_TOKENS = 2**17  # of the longest field, in one forward pass of a scorer
+
+
 def _in_rows(program: Callable, fitted: Any, data: Any, block: int = 2_048) -> np.ndarray:
     """`program(fitted, data)` for any number of rows, in blocks whose last is filled up to divide over the mesh."""
-    num = jax.tree.leaves(data)[0].shape[0]
+    leaves = jax.tree.leaves(data)
+    num, longest = len(leaves[0]), max(x.shape[-1] for x in leaves if x.ndim > 1)
+    block = min(block, max(1, _TOKENS // longest))
     rows = np.arange(mesh.padded(num)) % num
     parts = np.split(rows, range(mesh.padded(block), len(rows), mesh.padded(block)))
     return np.concatenate([np.asarray(program(fitted, mesh.place_rows(take(data, part)))) for part in parts])[:num]
 
 
 def sample_responses(
-    *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
+    *, world: World, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
     block: int = 128,
 ) -> Rollout:  # fmt: skip
-    """One response per prompt of the embedded world, for any number of prompts."""
+    """One response per prompt of a world, for any number of prompts."""
     return sample(config=config, policy=policy, prompts=prompts.tokens, prompt_mask=prompts.mask,
-                  decoding=_decoding(truth, temperature), seed=seed, block=block)  # fmt: skip
+                  decoding=_decoding(world, temperature), seed=seed, block=block)  # fmt: skip
 
 
 def sample(
@@ -430,17 +433,19 @@ def sample(
     return rollout
 
 
-def raw_pair_scores(
-    config: TransformerConfig, params: Params, pairs: PreferenceBatch, lora: LoraConfig = IN_FULL,
-    frozen: Params | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Unscaled scores `[N, 2]` of a preference model for both responses of each pair. lora, frozen: see `Scorer`."""
-    model = Scorer(make=make_score, config=config, fitted=params, lora=lora, frozen=frozen)
-    return _in_rows(_pair_scorer(config, lora), model.placed(), pairs)
+def raw_scorer(config: TransformerConfig, model: Params | Scorer) -> Scorer:
+    """A preference model as it was fitted: parameters of a network of shape `config`, or the scorer that it is."""
+    return model if isinstance(model, Scorer) else Scorer(make=make_score, config=config, fitted=model)
+
+
+def raw_pair_scores(config: TransformerConfig, model: Params | Scorer, pairs: PreferenceBatch) -> np.ndarray:
+    """Unscaled scores `[N, 2]` of a preference model (see `raw_scorer`) for both responses of each pair."""
+    model = raw_scorer(config, model)
+    return _in_rows(_pair_scorer(model.config, model.lora), model.placed(), pairs)
 
 
 def scale_scores(
-    *, truth: str, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
+    *, world: World, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float, seed: int,
     models: Mapping[str, Scorer],
 ) -> dict[str, ScoreModel]:  # fmt: skip
     """Fitted preference models, each by its raw scorer, in units of their spread over the policy's answers.
@@ -448,14 +453,14 @@ def scale_scores(
     The one called "cost" is a cost model, the others are rewards.
     """
     start = sample_responses(
-        truth=truth, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
+        world=world, config=config, policy=policy, prompts=prompts, temperature=temperature, seed=seed
     )
     return {name: in_units_of_start(name, raw.fitted, raw(start)) for name, raw in models.items()}
 
 
 def collect_comparisons(
     *,
-    truth: str,
+    world: World,
     rater: Rater,
     config: TransformerConfig,
     policy: Params,
@@ -471,15 +476,15 @@ def collect_comparisons(
     """
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), prompts)
     rollout = sample_responses(
-        truth=truth, config=config, policy=policy, prompts=twice, temperature=temperature, seed=seed
+        world=world, config=config, policy=policy, prompts=twice, temperature=temperature, seed=seed
     )
     pairs = (x.reshape(len(prompts), 2, -1) for x in (rollout.tokens, rollout.mask))
     responses, masks = mismatch(*pairs, share=mismatched, seed=seed)
-    return compare(gold_world(truth), rater, prompts.tokens, prompts.mask, responses, masks, seed)
+    return compare(world, rater, prompts.tokens, prompts.mask, responses, masks, seed)
 
 
 def check_cost_limit(
-    *, truth: str, config: TransformerConfig, policy: Params, reward: Scorer, cost: Scorer, limit: float,
+    *, world: World, config: TransformerConfig, policy: Params, reward: Scorer, cost: Scorer, limit: float,
     multiplier: MultiplierConfig, ppo: PPOConfig, prompts: Prompts, seed: int, num_samples: int = 64,
 ) -> float:  # fmt: skip
     """The lowest mean cost that Lagrangian PPO settles at for any lambda it may take: no limit below it can be met.
@@ -489,7 +494,7 @@ def check_cost_limit(
     limit", with numbers in units of P(harmful)) if `limit` lies below.
     """
     many = jax.tree.map(lambda x: np.repeat(x, num_samples, axis=0), prompts)
-    rollout = sample_responses(truth=truth, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
+    rollout = sample_responses(world=world, config=config, policy=policy, prompts=many, temperature=ppo.temperature,
                                seed=seed)  # fmt: skip
     each = [scorer(rollout).reshape(-1, num_samples) for scorer in (reward, cost)]
 
@@ -507,7 +512,7 @@ def check_cost_limit(
 
 def train_policy(
     *,
-    truth: str,
+    world: World,
     config: TransformerConfig,
     start: Params,
     reward: Scorer,
@@ -517,7 +522,7 @@ def train_policy(
     ppo: PPOConfig,
     optimisation: RLConfig,
     prompts: Prompts,
-    critic: tuple[TransformerConfig, Params] | None = None,
+    critic: Scorer | tuple[TransformerConfig, Params] | None = None,
     lora: LoraConfig = IN_FULL,
     ptx: Demonstrations | None = None,
     watch: Mapping[str, Scorer] = MappingProxyType({}),
@@ -529,35 +534,33 @@ def train_policy(
 
     limit: on the mean cost, in the cost's units. critic: the network whose trunk the critics start from, with a fresh
     zero head; by default the reward's and the cost's own, as in Safe RLHF. lora: learn low-rank changes of `start`,
-    merged into the result; critics do so where their reward model does. ptx: demonstrations, used where
-    `ppo.ptx_coef` is positive. watch: what else to log of the rollouts, as means by name, that no learner sees.
+    merged into the result; so do critics whose trunk is `start`, or low-rank changes of it, and others in full.
+    ptx: demonstrations, used where `ppo.ptx_coef` is positive. watch: what else to log of the rollouts, as means by
+    name, that no learner sees.
     """
     constraint = (cost, limit, multiplier)
     if any(part is None for part in constraint) and any(part is not None for part in constraint):
         raise ValueError("cost, limit and multiplier make one constraint: give all three or none")
-    world, policy = gold_world(truth), _network(make_language_model, config, lora)
+    policy = _network(make_language_model, config, lora)
     scorers = (reward,) if cost is None else (reward, cost)
-    trunks = [critic or (scorer.config, scorer.fitted.params) for scorer in scorers]
-    # Of one shape: `scalar_params_from` refuses another.
-    scalar = _network(make_scalar_model, trunks[0][0], IN_FULL if critic else reward.lora)
-    headless = lambda params: {name: value for name, value in params.items() if name != "head"}
+    shape, adapted, trunks = _critics(start, critic, scorers, lora)
+    scalar = _network(make_scalar_model, shape, adapted)
     optimizers = adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate)
     if multiplier is None:
         learner = make_ppo(policy, scalar, *optimizers, ppo)
     else:
         learner = make_lagrangian_ppo(policy, scalar, *optimizers, ppo, make_multiplier(limit, multiplier))
     warm = lambda params: scalar_params_from(params, scalar, jax.random.key(seed))
+    axes = scalar.logical_axes()
+    trunks = [mesh.place(trunk, axes) if trunk else mesh.create(scalar.init, jax.random.key(seed), axes=axes)
+              for trunk in trunks]  # fmt: skip
     shared, start = start, mesh.place(start, make_language_model(config).logical_axes())
     place = lambda scorer: (scorer.program, scorer.placed(start if _equal(scorer.frozen, shared) else None))
-    if scalar.base is not None and not _equal(reward.frozen, shared):
-        raise ValueError("critics that change frozen weights change the policy's: fit the reward and cost models on "
-                         "top of the policy that RL starts from, or give a `critic`")  # fmt: skip
     told, seen = [place(scorer) for scorer in scorers], {name: place(scorer) for name, scorer in watch.items()}
     means = lambda rollout: {name: jnp.mean(program(fitted, rollout)) for name, (program, fitted) in seen.items()}
     final, state = _learn(
-        policy, learner, lambda start, *trunks: (start, *map(warm, trunks)), start,
-        *(mesh.place(headless(params), scalar.logical_axes()) for _, params in trunks),
-        decoding=_decoding(truth, ppo.temperature), optimisation=optimisation, seed=seed, monitor=monitor, label=label,
+        policy, learner, lambda start, *trunks: (start, *map(warm, trunks)), start, *trunks,
+        decoding=_decoding(world, ppo.temperature), optimisation=optimisation, seed=seed, monitor=monitor, label=label,
         feedback=lambda rollout, key: tuple(program(fitted, rollout) for program, fitted in told),
         observe=lambda rollout: gold_metrics(world, rollout) | means(rollout),
         prompts=prompts.tokens, prompt_mask=prompts.mask, ptx=ptx if ppo.ptx_coef else None)  # fmt: skip
@@ -565,6 +568,31 @@ def train_policy(
         _warn_if_unmet(label, float(jnp.exp(state.multiplier.log_lambda)), float(state.multiplier.cost_average), limit,
                        multiplier.maximum)  # fmt: skip
     return final
+
+
+def _critics(
+    start: Params, critic: Scorer | tuple[TransformerConfig, Params] | None, scorers: tuple[Scorer, ...],
+    lora: LoraConfig,
+) -> tuple[TransformerConfig, LoraConfig, list[Params]]:  # fmt: skip
+    """What critics start from: their shape, whether they learn low-rank changes of `start`, and for each scorer
+    parameters without a head ({}: changes of `start` that are none yet)."""
+    if isinstance(critic, tuple):
+        config, params = critic
+        fresh = bool(lora.rank) and _equal(params, start)
+        return config, lora if fresh else IN_FULL, [{} if fresh else _headless(params)] * len(scorers)
+    sources = [critic or scorer for scorer in scorers]
+    params = [source.fitted.params if isinstance(source.fitted, ScoreModel) else source.fitted for source in sources]
+    config, adapted = sources[0].config, sources[0].lora
+    if adapted.rank and not all(_equal(source.frozen, start) for source in sources):  # of an earlier policy, say
+        learner = _network(make_scalar_model, config, adapted)
+        params = [_whole(learner, mesh.place(source.frozen, make_language_model(config).logical_axes()),
+                         mesh.place(own, learner.logical_axes())) for source, own in zip(sources, params)]  # fmt: skip
+        adapted = IN_FULL
+    return config, adapted, [_headless(own) for own in params]
+
+
+def _headless(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != "head"}
 
 
 def _learn(
@@ -638,7 +666,7 @@ def _equal(a: Params | None, b: Params | None) -> bool:
 
 def train_by_preferences(
     *,
-    truth: str,
+    world: World,
     config: TransformerConfig,
     start: Params,
     people: Population,
@@ -656,7 +684,7 @@ def train_by_preferences(
     method: "self-play" rewards win rates among siblings (SPO); "reward model" refits a Bradley-Terry model to the same
     comparisons; "oracle" is told r* itself, which bounds both. The log has the shares of `MANNERS`.
     """
-    world, policy, scalar = gold_world(truth), make_language_model(config), make_scalar_model(config)
+    policy, scalar = make_language_model(config), make_scalar_model(config)
     learner = make_ppo(policy, scalar, adamw(optimisation.learning_rate), adamw(optimisation.critic_learning_rate), ppo)
     warm = lambda start: scalar_params_from(start, scalar, jax.random.key(seed))
     networks = lambda start: (start, warm(start))
@@ -675,7 +703,7 @@ def train_by_preferences(
     share = jax.jit(lambda rollout: jax.nn.one_hot(manners(world, rollout), len(MANNERS)).mean(0))
     observe = lambda rollout: gold_metrics(world, rollout) | dict(zip(MANNERS, share(rollout)))
     return _learn(
-        policy, learner, networks, start, decoding=_decoding(truth, ppo.temperature), optimisation=optimisation,
+        policy, learner, networks, start, decoding=_decoding(world, ppo.temperature), optimisation=optimisation,
         feedback=feedback, observe=observe, prompts=prompts.tokens, prompt_mask=prompts.mask, num_samples=num_samples,
         seed=seed, monitor=monitor, label=label)[0]  # fmt: skip
 

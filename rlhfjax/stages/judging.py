@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhfjax import stages
 from rlhfjax.feedback.judge import (
-    JUDGE_WORDS,
+    JUDGE_TOKENS,
     JudgingData,
     Verdicts,
     check_judging_data,
@@ -24,12 +24,12 @@ from rlhfjax.parallel import mesh
 from rlhfjax.rl.fit import take
 from rlhfjax.stages import FitConfig
 from rlhfjax.types import Params, PreferenceBatch, check_finite
-from rlhfjax.worlds.gold_world import gold_world
 from rlhfjax.worlds.language import Prompts
+from rlhfjax.worlds.recorded import World
 
 
 def collect_judging_data(
-    *, truth: str, rater: Rater, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float,
+    *, world: World, rater: Rater, config: TransformerConfig, policy: Params, prompts: Prompts, temperature: float,
     mismatched: float, seed: int,
 ) -> JudgingData:  # fmt: skip
     """Two responses of the policy to every prompt; people say which is more helpful, and rate each by itself.
@@ -37,25 +37,43 @@ def collect_judging_data(
     mismatched: see `stages.collect_comparisons`.
     """
     pairs = stages.collect_comparisons(
-        truth=truth, rater=rater, config=config, policy=policy, prompts=prompts, temperature=temperature,
+        world=world, rater=rater, config=config, policy=policy, prompts=prompts, temperature=temperature,
         mismatched=mismatched, seed=seed).helpful  # fmt: skip
-    stars = rate(gold_world(truth), rater, *_single_answers(pairs), seed).stars
+    stars = rate(world, rater, *_single_answers(pairs), seed).stars
     return JudgingData(pairs=pairs, stars=stars.reshape(-1, 2))
 
 
 def train_judge(
-    *, config: TransformerConfig, data: JudgingData, optimisation: FitConfig, seed: int, label: str, monitor: Monitor
-) -> Params:
-    """A judge from scratch: a language model over `JUDGE_WORDS` that learns to read and to judge at once."""
+    *, config: TransformerConfig, data: JudgingData, optimisation: FitConfig, start: Params | None = None, seed: int,
+    label: str, monitor: Monitor,
+) -> Params:  # fmt: skip
+    """A judge: a language model over a world's words and `JUDGE_TOKENS` that learns to read and to judge at once.
+
+    start: a language model over the words alone, to begin with; by default from scratch.
+    """
     check_judging_data(data)
-    if config.vocab_size != len(JUDGE_WORDS):
-        raise ValueError(f"a judge has {len(JUDGE_WORDS)} words, config.vocab_size is {config.vocab_size}")
+    pairs, words = data.pairs, config.vocab_size - len(JUDGE_TOKENS)
+    if (highest := max(int(np.max(x)) for x in (pairs.prompts, pairs.responses))) >= words:
+        raise ValueError(f"the pairs use token {highest}; of config.vocab_size {config.vocab_size} a judge's own "
+                         f"{len(JUDGE_TOKENS)} leave {words}")  # fmt: skip
     model = make_language_model(config)
     axes = model.logical_axes()
-    params = mesh.create(model.init, jax.random.key(seed), axes=axes)
+    params = mesh.create(model.init, jax.random.key(seed), axes=axes) if start is None else with_judge_tokens(start)
     return stages.fit(
         make_judge_loss(model), params, data, optimisation, axes=axes, seed=seed, monitor=monitor, label=label
     )
+
+
+def with_judge_tokens(params: Params) -> Params:
+    """A language model's parameters on the host with a row for each of `JUDGE_TOKENS` behind its vocabulary: the mean
+    of its rows, each a little apart from the others."""
+
+    def longer(rows: np.ndarray) -> np.ndarray:
+        noise = np.random.default_rng(0).normal(size=(len(JUDGE_TOKENS), rows.shape[1])) * 0.1 * rows.std()
+        return np.concatenate([rows, (rows.mean(0) + noise).astype(rows.dtype)])
+
+    longer_head = {"head": longer(np.asarray(params["head"]).T).T} if "head" in params else {}
+    return params | {"embed": longer(np.asarray(params["embed"]))} | longer_head
 
 
 def judge_pairs(*, config: TransformerConfig, judge: Params, pairs: PreferenceBatch, block: int = 256) -> Verdicts:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.types import Demonstrations
 from rlhfjax.worlds import language
 from rlhfjax.worlds.behaviour import Gold, PromptFacts, ResponseFeatures, family, features, prompt_facts
-from rlhfjax.worlds.language import CORPUS_KINDS, CORPUS_SHARES, Corpus, Family, Prompts
+from rlhfjax.worlds.language import CORPUS_KINDS, CORPUS_SHARES, DEMONSTRATION_KINDS, Corpus, Family, Prompts
 from rlhfjax.worlds.teacher import make_teacher
 
 VERSION = "1.0"  # of words, prompts, corpus and both truths: any change to them needs a new one
@@ -44,6 +45,7 @@ def analytic(asked: PromptFacts, tokens, mask) -> Gold:
     return Gold(helpfulness=helpfulness, harm=-1 + 2.4 * hazard + 0.8 * jnp.minimum(seen.rude, 2))
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class GoldWorld:
     """A world: its language, its prompts and corpus (NumPy, deterministic in the seed) and one truth (JAX, jittable).
@@ -64,6 +66,11 @@ class GoldWorld:
     eos_id: int = language.EOS_ID
     satisfaction_bar: float = 0.5
 
+    @property
+    def cache_key(self) -> tuple:
+        """What decides what this world says, for the keys of stages."""
+        return self.name, self.version, self.truth
+
     encode = staticmethod(language.encode)
     decode = staticmethod(language.decode)
 
@@ -75,11 +82,22 @@ class GoldWorld:
         """See `language.corpus`."""
         return language.corpus(seed, n, shares, kinds, split)
 
+    def demonstrations(self, seed: int, n: int, cleaner: bool = False) -> Demonstrations:
+        """What a base model reads of the corpus, or what fine-tuning imitates: cleaner answers."""
+        return self.corpus(seed, n, kinds=DEMONSTRATION_KINDS if cleaner else CORPUS_KINDS).demonstrations
+
+    def recorded(self, split: str, n: int) -> None:
+        """Nothing is on file here: whoever wants labels asks raters."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def family(self, prompts) -> jax.Array:
+        """The `Family` of prompts `[..., P]`, read from their words."""
+        return family(prompt_facts(prompts))
+
     def prompts(self, texts: list[str]) -> Prompts:
         """Texts to a batch of prompts, their families read from the words."""
         tokens = language.pad_prompts([language.encode(text) for text in texts])
-        kinds = jax.jit(lambda tokens: family(prompt_facts(tokens)))(tokens)
-        return Prompts(tokens=tokens, mask=tokens != self.pad_id, family=np.asarray(kinds))
+        return Prompts(tokens=tokens, mask=tokens != self.pad_id, family=np.asarray(self.family(tokens)))
 
     def responses(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts to a batch of finished answers: tokens `[n, T]` and mask `[n, T]`."""

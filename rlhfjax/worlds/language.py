@@ -243,7 +243,7 @@ def _check_shares(name: str, shares: Mapping, keys) -> None:
         raise ValueError(f"{name} must be non-negative and sum to 1, got {dict(shares)}")
 
 
-def _apportion(shares: Mapping, n: int) -> list:
+def apportion(shares: Mapping, n: int) -> list:
     """`n` keys in proportion to their shares: each floor(n share), the largest remainders one more; in key order."""
     keys, exact = list(shares), np.array(list(shares.values()), float) * n
     counts = np.floor(exact + 1e-9).astype(int)
@@ -257,7 +257,7 @@ def _draw_prompts(rng: random.Random, n: int, shares: Mapping[Family, float], sp
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    families = _shuffled(rng, _apportion(shares, n))
+    families = _shuffled(rng, apportion(shares, n))
     texts, known = zip(*(_pick(rng, COMPOSITIONS[family, split]) for family in families))
     tokens = pad_prompts([encode(text) for text in texts])
     return Prompts(tokens=tokens, mask=tokens != PAD_ID, family=np.array(families, np.int32)), known
@@ -329,6 +329,6 @@ def corpus(
     written = np.zeros(n, np.int32)
     for family in shares:
         rows = np.flatnonzero(prompts.family == family)
-        written[rows] = _shuffled(rng, _apportion(kinds[family], len(rows)))
+        written[rows] = _shuffled(rng, apportion(kinds[family], len(rows)))
     tokens, mask = pad_responses([encode(_write(rng, Kind(kind), what)) for kind, what in zip(written, known)])
     return Corpus(prompts=prompts, tokens=tokens, mask=mask, kind=written)
