@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices, and one persistent compile cache so that a second run compiles nothing."""
 
 import fcntl
+import json
 import os
 import pathlib
 import signal
@@ -58,3 +59,33 @@ def smoke(tmp_path_factory) -> Callable[[str], pathlib.Path]:
 def smoke_run(smoke) -> pathlib.Path:
     """The run directory of Safe RLHF at smoke scale; its cache lies beside it."""
     return smoke("constrained_ppo")
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory) -> pathlib.Path:
+    """What a user brings: a directory with pairs.jsonl, harm.jsonl, `checkpoint`, and noisy.jsonl, where every fifth
+    label is wrong and the last row is no comparison."""
+    pytest.importorskip("transformers", reason="checkpoints and tokenizers need the extra hf")
+    import jax
+    import numpy as np
+
+    from rlhfjax.data.tokenize import train_tokenizer
+    from rlhfjax.models import huggingface
+    from rlhfjax.models.transformer import TransformerConfig, make_language_model
+
+    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    places, things = ("park", "box", "tree", "toy", "river", "cake"), ("ball", "hat", "kite", "boat", "drum", "shoe")
+    told = [f"Tell me of the {a} and the {b}." for a in places for b in things]
+    good, bad = (lambda i: f"A happy {things[i % 6]} smiled."), (lambda i: f"A sad {things[i % 6]} sat alone.")
+    pairs = [{"prompt": text, "chosen": good(i), "rejected": bad(i)} for i, text in enumerate(told * 2)]
+    harm = [{"prompt": text, "safe_response": good(i), "unsafe_response": bad(i)} for i, text in enumerate(told * 2)]
+    wrong = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs]
+    noisy = [wrong[i] if i % 5 == 0 else row for i, row in enumerate(pairs)] + [pairs[0] | {"rejected": good(0)}]
+    for name, rows in (("pairs", pairs), ("harm", harm), ("noisy", noisy)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [text for row in pairs for text in row.values()] * 3 + [" ".join(rng.permutation(places + things))] * 9
+    chat = train_tokenizer(texts, 280, root / "tokenizer")
+    config = TransformerConfig(vocab_size=280, d_model=16, num_layers=1, num_heads=2, d_ff=32)
+    huggingface.save(root / "checkpoint", config, make_language_model(config).init(jax.random.key(0)),
+                     tokenizer=chat.hf)  # fmt: skip
+    return root

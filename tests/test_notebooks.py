@@ -1,4 +1,5 @@
-"""A notebook is its source, walks the runs of its paper's experiments, and would notice a number that is not theirs."""
+"""A notebook is its source, walks the runs of its paper's experiments (one, a user's own files), and would notice a
+number that is not theirs."""
 
 import ast
 import json
@@ -9,15 +10,20 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import jupytext
 import pytest
 
 from rlhfjax.io.run import newest_run
+from rlhfjax.models import huggingface
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
+OWN = NOTEBOOKS / "real_data.py"
+PAPERS = [source for source in SOURCES if source != OWN]
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+each_paper = pytest.mark.parametrize("source", PAPERS, ids=lambda source: source.stem)
 
 
 def experiments(source: pathlib.Path) -> list[str]:
@@ -35,21 +41,29 @@ def test_a_notebook_is_its_source_without_outputs(source):
 
 
 @each_notebook
-def test_a_notebook_defines_nothing_and_reads_runs(source):
+def test_a_notebook_defines_nothing_but_reads(source):
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     found = [node.lineno for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, definitions)]
-    assert not found, f"lines {found}: a notebook imports the library and reads runs"
+    assert not found, f"lines {found}: a notebook imports the library and reads what there is"
     assert all((NOTEBOOKS.parent / "experiments" / f"{name}.py").exists() for name in experiments(source))
-    assert experiments(source)
+    assert experiments(source) or source == OWN
 
 
-@each_notebook
-def test_a_notebook_walks_runs(source, smoke):
-    runs = {smoke(name.split("/")[1]).parent for name in experiments(source)}
+def walk(source: pathlib.Path, environment: dict) -> None:
     command = [sys.executable, "-m", "pytest", "-n0", "--nbmake", "--nbmake-timeout=120", source.with_suffix(".ipynb")]
-    environment = os.environ | {"RLHFJAX_RUNS": str(*runs)}
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
     result = subprocess.run(command, cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@each_paper
+def test_a_notebook_walks_runs(source, smoke):
+    (runs,) = {smoke(name.split("/")[1]).parent for name in experiments(source)}
+    walk(source, {"RLHFJAX_RUNS": runs})
+
+
+def test_a_notebook_walks_a_users_files(own, tmp_path):
+    walk(OWN, {"RLHFJAX_PAIRS": own / "noisy.jsonl", "RLHFJAX_CHECKPOINT": own / "checkpoint", "TMPDIR": tmp_path})
 
 
 FAULTS = [  # notebook, experiment, file, keys that lead to a recorded number
@@ -92,7 +106,25 @@ def test_planted_fault_a_number_that_is_not_the_runs(smoke, tmp_path, monkeypatc
         runpy.run_path(str(source))
 
 
-@each_notebook
+def test_planted_fault_an_export_that_says_something_else(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHFJAX_PAIRS", str(own / "harm.jsonl"))
+    monkeypatch.setenv("RLHFJAX_CHECKPOINT", str(own / "checkpoint"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save = huggingface.save
+    scaled = lambda params: params | {"head": 1.01 * params["head"]}
+    monkeypatch.setattr(huggingface, "save", lambda path, config, p, **more: save(path, config, scaled(p), **more))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        runpy.run_path(str(OWN))
+
+
+def test_without_files_the_notebook_says_which(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHFJAX_PAIRS", raising=False)
+    with pytest.raises(FileNotFoundError, match="pairs.jsonl does not exist"):
+        runpy.run_path(str(OWN))
+
+
+@each_paper
 def test_without_a_run_a_notebook_says_how_to_make_one(source, tmp_path, monkeypatch):
     first = experiments(source)[0]
     monkeypatch.chdir(tmp_path)

@@ -10,31 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from rlhfjax.data.tokenize import train_tokenizer
 from rlhfjax.models import huggingface
-from rlhfjax.models.transformer import TransformerConfig, make_language_model, make_scalar_model
+from rlhfjax.models.transformer import make_scalar_model
 
 pytest.importorskip("transformers", reason="checkpoints and tokenizers need the extra hf")
 ROOT = pathlib.Path(__file__).parents[1]
-PLACES, THINGS = ("park", "box", "tree", "toy", "river", "cake"), ("ball", "hat", "kite", "boat", "drum", "shoe")
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory) -> pathlib.Path:
-    """A directory with pairs.jsonl, harm.jsonl and `checkpoint`."""
-    root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    told = [f"Tell me of the {a} and the {b}." for a in PLACES for b in THINGS]
-    good, bad = (lambda i: f"A happy {THINGS[i % 6]} smiled."), (lambda i: f"A sad {THINGS[i % 6]} sat alone.")
-    pairs = [{"prompt": text, "chosen": good(i), "rejected": bad(i)} for i, text in enumerate(told * 2)]
-    harm = [{"prompt": text, "safe_response": good(i), "unsafe_response": bad(i)} for i, text in enumerate(told * 2)]
-    for name, rows in (("pairs", pairs), ("harm", harm)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [text for row in pairs for text in row.values()] * 3 + [" ".join(rng.permutation(PLACES + THINGS))] * 9
-    chat = train_tokenizer(texts, 280, root / "tokenizer")
-    config = TransformerConfig(vocab_size=280, d_model=16, num_layers=1, num_heads=2, d_ff=32)
-    huggingface.save(root / "checkpoint", config, make_language_model(config).init(jax.random.key(0)),
-                     tokenizer=chat.hf)  # fmt: skip
-    return root
 
 
 def run(own: pathlib.Path, stem: str, name: str, *options) -> tuple[pathlib.Path, str]:
