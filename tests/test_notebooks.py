@@ -43,13 +43,15 @@ def test_a_notebook_defines_nothing_and_reads_runs(source):
     assert experiments(source)
 
 
-@each_notebook
-def test_a_notebook_walks_runs(source, smoke):
-    runs = {smoke(name.split("/")[1]).parent for name in experiments(source)}
-    command = [sys.executable, "-m", "pytest", "-n0", "--nbmake", "--nbmake-timeout=120", source.with_suffix(".ipynb")]
-    environment = os.environ | {"RLHFJAX_RUNS": str(*runs)}
+def test_notebooks_walk_runs(smoke):
+    """All in one process, which names the one that fails."""
+    (runs,) = {smoke(name.split("/")[1]).parent for source in SOURCES for name in experiments(source)}
+    notebooks = [source.with_suffix(".ipynb") for source in SOURCES]
+    command = [sys.executable, "-m", "pytest", "-n0", "--nbmake", "--nbmake-timeout=120", *notebooks]
+    environment = os.environ | {"RLHFJAX_RUNS": str(runs)}
     result = subprocess.run(command, cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{len(notebooks)} passed" in result.stdout
 
 
 FAULTS = [  # notebook, experiment, file, keys that lead to a recorded number
