@@ -49,21 +49,20 @@ def test_a_notebook_defines_nothing_but_reads(source):
     assert experiments(source) or source == OWN
 
 
-def walk(source: pathlib.Path, environment: dict) -> None:
-    command = [sys.executable, "-m", "pytest", "-n0", "--nbmake", "--nbmake-timeout=120", source.with_suffix(".ipynb")]
+def walk(sources: list[pathlib.Path], environment: dict) -> None:
+    """Run notebooks in one process, which names the one that fails."""
+    notebooks = [source.with_suffix(".ipynb") for source in sources]
+    command = [sys.executable, "-m", "pytest", "-n0", "--nbmake", "--nbmake-timeout=120", *notebooks]
     environment = os.environ | {name: str(value) for name, value in environment.items()}
     result = subprocess.run(command, cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{len(notebooks)} passed" in result.stdout
 
 
-@each_paper
-def test_a_notebook_walks_runs(source, smoke):
-    (runs,) = {smoke(name.split("/")[1]).parent for name in experiments(source)}
-    walk(source, {"RLHFJAX_RUNS": runs})
-
-
-def test_a_notebook_walks_a_users_files(own, tmp_path):
-    walk(OWN, {"RLHFJAX_PAIRS": own / "noisy.jsonl", "RLHFJAX_CHECKPOINT": own / "checkpoint", "TMPDIR": tmp_path})
+def test_notebooks_walk_runs_and_a_users_files(smoke, own, tmp_path):
+    (runs,) = {smoke(name.split("/")[1]).parent for source in SOURCES for name in experiments(source)}
+    walk(SOURCES, {"RLHFJAX_RUNS": runs, "RLHFJAX_PAIRS": own / "noisy.jsonl", "RLHFJAX_CHECKPOINT": own / "checkpoint",
+                   "TMPDIR": tmp_path})  # fmt: skip
 
 
 FAULTS = [  # notebook, experiment, file, keys that lead to a recorded number

@@ -228,7 +228,8 @@ def measure(name: str, changes=()) -> dict[str, float]:
     """What an experiment measures in this house; changes: (object, attribute, value) to plant first."""
     experiment, run = paper(name), types.SimpleNamespace(path=pathlib.Path("nowhere"), curves={})
     as_scorer = lambda config, model: model if isinstance(model, Scorer) else Scorer(make_score, model)
-    parts = dict(Scorer=Scorer, raw_scorer=as_scorer, side_by_side=lambda *jobs: [job() for job in jobs], train_by_preferences=None,
+    parts = dict(Scorer=Scorer, raw_scorer=as_scorer, side_by_side=lambda *jobs: [job() for job in jobs],
+                 train_by_preferences=None,
                  raw_pair_scores=lambda config, params, pairs: np.asarray(raw_pair_scores(params, pairs)))  # fmt: skip
     planted = {"Pipeline": House, "stages": types.SimpleNamespace(**parts), "figures": mock.MagicMock(),
                "read_metrics": lambda path, arm: run.curves.get(arm),

@@ -70,7 +70,7 @@ def recordings(
         for name, usable in (("helpful", is_helpful), ("harm", is_harm)):
             pairs = [dataclasses.replace(record, margin=None) for record in rows if usable(record)]
             if not pairs and (name == "helpful" or any(map(usable, records))):
-                raise ValueError(f"the data has no pair labelled for {name!r} in the split {split!r}: add files that do "
+                raise ValueError(f"no pair of the data is labelled for {name!r} in the split {split!r}: add files "
                                  f"(python -m rlhfjax.data FILE shows what is in them)\n{report.table()}")  # fmt: skip
             found[name] = preference_batch(pairs, chat, lengths, harm=name == "harm") if pairs else None
         return Comparisons(**found)
