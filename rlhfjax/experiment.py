@@ -88,6 +88,11 @@ class ExperimentConfig:
         return gold_world(self.truth)
 
     @property
+    def may_lack(self) -> bool:
+        """Whether a claim may be left out where its statistic is not finite, which else is an error."""
+        return False
+
+    @property
     def label(self) -> str:
         """Names the truth that results were measured on, with the world's version."""
         return f"{self.world.name}-{self.world.version}-{self.truth}"
@@ -158,6 +163,9 @@ def _one_seed(path: pathlib.Path, config, digest: str, experiment: Experiment, c
         finite = lambda x: x if math.isfinite(x) else None
         run.write_json("statistics.json", {name: finite(float(value)) for name, value in statistics.items()})
         seconds = round(time.time() - start, 1)
+        if config.may_lack and (lacking := [c.id for c in claims if not math.isfinite(statistics[c.statistic])]):
+            print(f"not measured on this data: {', '.join(lacking)}", flush=True)
+            claims = [claim for claim in claims if claim.id not in lacking]
         rows = judge(
             claims, {config.seed: statistics}, world=config.label, config_hash=digest, commit=source, seconds=seconds
         )

@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 import threading
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,10 @@ class PipelineConfig(ExperimentConfig):
     def label(self) -> str:
         return "recorded" if self.data else super().label
 
+    @property
+    def may_lack(self) -> bool:
+        return bool(self.data)  # which may have no prompts of a kind that a claim is about
+
     def network_of(self, width: int) -> TransformerConfig:
         """The common network at another width, with heads of 16; beside a checkpoint, a plain one over its words."""
         common = PipelineConfig.network if self.checkpoint else self.network
@@ -140,10 +145,16 @@ POD: dict[str, Any] = GPU | dict(
     rl=RLConfig(num_iterations=800, batch_size=256, learning_rate=1e-5, critic_learning_rate=5e-6))  # fmt: skip
 
 
-def scales(config: type[PipelineConfig], *, smoke: Mapping = {}, real: Mapping = {}) -> dict[str, PipelineConfig]:
-    """The configurations of an experiment on text by `--scale`; smoke, real: what it changes of the smallest one, and
-    of those on a checkpoint and a data set."""
-    return {"smoke": config(**SMOKE | smoke), "cpu": config(), "gpu": config(**GPU | real), "pod": config(**POD | real)}
+def scales(
+    config: type[PipelineConfig], *, smoke: Mapping = MappingProxyType({}), real: Mapping | None = MappingProxyType({})
+) -> dict[str, PipelineConfig]:
+    """The configurations of an experiment on text by `--scale`.
+
+    smoke, real: what it changes of the smallest one, and of those on a checkpoint and a data set; real None: it is
+    about the embedded world and has none of these.
+    """
+    found = {"smoke": config(**SMOKE | smoke), "cpu": config()}
+    return found if real is None else found | {"gpu": config(**GPU | real), "pod": config(**POD | real)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

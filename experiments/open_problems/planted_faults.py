@@ -96,7 +96,7 @@ class Config(PipelineConfig):
     """The learner of lambda."""
 
 
-SCALES = scales(Config, smoke=dict(harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)))
+SCALES = scales(Config, smoke=dict(harm_limit=0.3, multiplier=MultiplierConfig(learning_rate=1e-3)), real=None)
 CLAIMS = claims(
     "Open Problems (2307.15217)",
     # id, statistic, direction, threshold, what the paper says, what is claimed

@@ -51,7 +51,8 @@ def load(run: pathlib.Path, cache: pathlib.Path | None = None, chosen: Sequence[
     for name in ("config.json", "metrics.jsonl"):
         if not (run / name).exists():
             raise FileNotFoundError(f"{run} has no {name}: name the directory of a run")
-    stored, embedded = read_json(run / "config.json"), (run / "evidence.json").exists()
+    stored = read_json(run / "config.json")
+    embedded = (run / "evidence.json").exists() and not stored["config"].get("data")
     lines = [] if embedded else (run / "metrics.jsonl").read_text().splitlines()
     known = read_json(run / "evidence.json") if embedded else {json.loads(x)["stage"]: {"role": ""} for x in lines}
     if unknown := set(chosen) - set(known):

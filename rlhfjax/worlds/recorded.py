@@ -166,9 +166,10 @@ class RecordedWorld:
         return take(known, np.random.default_rng([seed, 7]).permutation(len(known))[:n])
 
     def recorded(self, split: str, n: int) -> Comparisons:
-        """What people said, `n` pairs at most."""
+        """What people said, of either question `n` pairs at most."""
+        first = lambda pairs: pairs and take(pairs, np.arange(min(n, len(pairs))))
         found = self.records.comparisons[split]
-        return take(found, np.arange(min(n, len(found.helpful))))
+        return Comparisons(helpful=first(found.helpful), harm=first(found.harm))
 
     def family(self, prompts) -> jax.Array:
         """The family of prompts `[..., P]`: benign unless the files say otherwise."""
