@@ -75,14 +75,13 @@ class Config(ExperimentConfig):
         return "real data"
 
 
+REAL = dict(lengths=Lengths(max_prompt=1_024, max_response=512),
+            preference=FitConfig(num_steps=2_500, batch_size=64, learning_rate=1e-5, weight_decay=0.1))  # fmt: skip
 SCALES = {
     "smoke": Config(scale="smoke", num_words=300, lengths=Lengths(max_prompt=32, max_response=16), network=
                     dataclasses.replace(Config.network, d_model=32, num_layers=1, num_heads=2, d_ff=64),
                     **dict.fromkeys(("pretraining", "preference"), FitConfig(num_steps=20, batch_size=8))),
-    "cpu": Config(),
-    **{scale: Config(scale=scale, lengths=Lengths(max_prompt=1_024, max_response=512), preference=FitConfig(
-        num_steps=2_500, batch_size=64, learning_rate=1e-5, weight_decay=0.1)) for scale in ("gpu", "pod")},
-}  # fmt: skip
+    "cpu": Config(), "gpu": Config(scale="gpu", **REAL), "pod": Config(scale="pod", **REAL)}  # fmt: skip
 
 
 def experiment(config: Config, run, cache) -> dict[str, float]:
@@ -139,15 +138,11 @@ def report_of(folder: pathlib.Path, role: str, scores, unseen) -> dict[str, floa
     print(f"{role} model: {accuracy:.3f} [{interval.low:.3f}, {interval.high:.3f}] of {decided} held-out pairs, by the "
           "interval of this one run")  # fmt: skip
     found = {
-        "accuracy": accuracy,
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
-        "calibration_error": bins.error,
-        "calibration_slope": calibration.calibration_slope(scores, prefs),
+        "accuracy": accuracy, "accuracy_low": interval.low, "accuracy_high": interval.high,
+        "calibration_error": bins.error, "calibration_slope": calibration.calibration_slope(scores, prefs),
         "length_correlation": calibration.length_correlation(gap, length),
         "longer_is_labelled_better": float(np.mean((length > 0) == (prefs > 0.5))),
-        **{f"accuracy at gap {g:.2f}": float(a) for g, a in zip(by_gap.gap, by_gap.accuracy)},
-    }
+        **{f"accuracy at gap {g:.2f}": float(a) for g, a in zip(by_gap.gap, by_gap.accuracy)}}  # fmt: skip
     signs = {} if unseen.signs is None else {"sign_accuracy": calibration.sign_accuracy(scores, unseen.signs)}
     return found | signs
 
