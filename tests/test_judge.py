@@ -109,8 +109,9 @@ def test_the_first_rating_knows_nothing_of_the_second_answer():
     pairs, num_tokens = first_rows(data().pairs, 8), WORLD.max_tokens
     other = lambda x: np.stack([x[:, 0], np.roll(x[:, 1], 1, axis=0)], 1)
     others = dataclasses.replace(pairs, responses=other(pairs.responses), responses_mask=other(pairs.responses_mask))
-    logits, changed = (MODEL.apply(PARAMS, *judge._read_pairs(p))[0] for p in (pairs, others))
-    alone = MODEL.apply(PARAMS, *judge._read(pairs.prompts, pairs.prompt_mask, first_answer(pairs)), num_outputs=1)[0]
+    logits, changed = (MODEL.apply(PARAMS, *judge._read_pairs(MODEL, p))[0] for p in (pairs, others))
+    alone = MODEL.apply(PARAMS, *judge._read(MODEL, pairs.prompts, pairs.prompt_mask, first_answer(pairs)),
+                        num_outputs=1)[0]  # fmt: skip
     first, second = -4 - num_tokens, -2
     np.testing.assert_array_equal(logits[:, first], changed[:, first])
     np.testing.assert_allclose(logits[:, first], alone[:, 0], atol=1e-5)
@@ -183,7 +184,7 @@ def test_the_loss_is_that_of_a_plain_loop():
     verdicts, ratings, words, right = [], [], [], []
     for n in range(6):
         row = first_rows(jax.tree.map(lambda x, n=n: x[n : n + 1], taught), 1)
-        tokens, mask = judge._read_pairs(row.pairs)
+        tokens, mask = judge._read_pairs(MODEL, row.pairs)
         kept = np.flatnonzero(np.asarray(mask[0]))  # padding is nowhere below
         said = [JUDGE_WORDS[i] for i in np.asarray(tokens)[0, kept]]
         logits = np.asarray(MODEL.apply(PARAMS, tokens, mask)[0][0], np.float64)[kept]
@@ -234,8 +235,23 @@ def test_what_cannot_be_learned_from_is_refused():
         check_judging_data(dataclasses.replace(taught, pairs=unsure))
     with pytest.raises(ValueError, match="a share lies in"):
         put_preferred_first(taught, 1.2, seed=0)
-    with pytest.raises(ValueError, match=f"a judge has {len(JUDGE_WORDS)} words, config.vocab_size is 139"):
-        train(dataclasses.replace(SMALL, vocab_size=len(WORDS)), taught, 1)
+    with pytest.raises(ValueError, match="the pairs use token [0-9]+; of config.vocab_size 50 .* leave 36"):
+        train(dataclasses.replace(SMALL, vocab_size=50), taught, 1)
+
+
+def test_a_judge_that_begins_with_a_language_model_speaks_as_it_did():
+    for tied in (True, False):
+        config = dataclasses.replace(SMALL, vocab_size=len(WORDS), tie_embeddings=tied)
+        start = make_language_model(config).init(jax.random.key(1))
+        longer = judging.with_judge_tokens(start)
+        mine = make_language_model(dataclasses.replace(config, vocab_size=len(JUDGE_WORDS)))
+        shapes = jax.eval_shape(mine.init, jax.random.key(0))
+        assert jax.tree.map(jnp.shape, longer) == jax.tree.map(jnp.shape, shapes)
+        tokens = data().pairs.responses[:4, 0]
+        before, after = (make_language_model(c).apply(params, tokens, tokens >= 0)[0]
+                         for c, params in ((config, start), (mine.config, longer)))  # fmt: skip
+        np.testing.assert_allclose(after[..., : len(WORDS)], before, atol=1e-5)
+        assert np.ptp(after[..., len(WORDS) :], -1).min() > 0  # the new words are told apart
 
 
 # Stages

@@ -53,7 +53,8 @@ def train_judge(
     """
     check_judging_data(data)
     pairs, words = data.pairs, config.vocab_size - len(JUDGE_TOKENS)
-    if (highest := max(int(np.max(x)) for x in (pairs.prompts, pairs.responses))) >= words:
+    kept = ((pairs.prompts, pairs.prompt_mask), (pairs.responses, pairs.responses_mask))
+    if (highest := max(int(np.max(np.where(mask, tokens, 0))) for tokens, mask in kept)) >= words:
         raise ValueError(f"the pairs use token {highest}; of config.vocab_size {config.vocab_size} a judge's own "
                          f"{len(JUDGE_TOKENS)} leave {words}")  # fmt: skip
     model = make_language_model(config)
