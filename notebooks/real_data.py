@@ -38,7 +38,7 @@ from rlhfjax.models import huggingface
 from rlhfjax.models.lora import LoraConfig, adapt, merge
 from rlhfjax.models.transformer import make_scalar_model, scalar_params_from
 from rlhfjax.rl.fit import adamw, batch_order, make_fit_step, take, with_frozen
-from rlhfjax.rl.preference_models import make_reward_loss
+from rlhfjax.rl.preference_models import make_reward_loss, make_score
 from rlhfjax.types import TrainState
 
 # %matplotlib inline
@@ -96,15 +96,14 @@ optimizer = adamw(RATE, NUM_STEPS, weight_decay=0.1)
 start = model.init(key) if LORA.rank else scalar_params_from(trunk, model, key)
 state = TrainState.create(start, optimizer)
 step = jax.jit(make_fit_step(with_frozen(make_reward_loss, model), optimizer))
-blocks = np.array_split(np.arange(len(unseen)), -(-len(unseen) // 64))  # scored one by one, to spare memory
 curves = {"training batches": [], "held-out pairs": []}
 for done in range(0, NUM_STEPS + 1, STRIDE):
     if done:
         rows = batch_order(SEED, done - STRIDE, STRIDE, len(pairs), BATCH)
         state, found = step(state, take(pairs, rows), trunk)
         curves["training batches"].append((done - STRIDE / 2, found["loss"], found["accuracy"]))
-    scores = [stages.raw_pair_scores(config, state.params, take(unseen, rows), LORA, trunk) for rows in blocks]
-    first, second = (scores := np.concatenate(scores)).T
+    scorer = stages.Scorer(make=make_score, config=config, fitted=state.params, lora=LORA, frozen=trunk)
+    first, second = (scores := stages.raw_pair_scores(config, scorer, unseen)).T
     loss = losses.soft_bradley_terry_loss(first, second, prefs).mean()
     curves["held-out pairs"].append((done, loss, calibration.pair_accuracy(scores, prefs)))
 
@@ -204,6 +203,6 @@ huggingface.save(folder, config, merge(model, trunk, state.params), source=CHECK
                  chat_template=chat.template, options={"pad_token_id": chat.pad_id},
                  facts={"trained on": f"{len(pairs)} pairs", "held-out accuracy": f"{accuracy:.3f}"})  # fmt: skip
 _, again = huggingface.load(folder, make_scalar_model)
-rescored = stages.raw_pair_scores(config, again, take(unseen, blocks[0]))
-np.testing.assert_allclose(rescored, scores[blocks[0]], rtol=1e-4, atol=1e-4)
+rescored = stages.raw_pair_scores(config, again, unseen)
+np.testing.assert_allclose(rescored, scores, rtol=1e-4, atol=1e-4)
 print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}\nresponses end with token {chat.end_id}")

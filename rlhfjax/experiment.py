@@ -114,6 +114,7 @@ def main(file: str, scales: Mapping[str, ExperimentConfig], experiment: Experime
     """
     path = pathlib.Path(file)
     config = _parse(scales, sys.argv[1:])
+    config.check()
     digest = config_hash(config, exclude=("seed", "seeds", *PLACES), extra=(config.world.version, tuple(claims)))
     if config.seeds:
         _report(path, config, digest, claims)
@@ -140,7 +141,6 @@ def _parse(scales: Mapping[str, ExperimentConfig], argv: Sequence[str]) -> Exper
     config = tyro.cli(type(default), default=default, args=list(argv))
     if config.scale not in scales:
         sys.exit(f"this experiment has no configuration for --scale {config.scale}; it has {', '.join(scales)}")
-    config.check()
     return config
 
 

@@ -88,7 +88,7 @@ class PipelineConfig(ExperimentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and (self.checkpoint / "config.json").exists():  # else `check` complains
             compute, shape = self.network.compute_dtype, read_config(self.checkpoint)
             object.__setattr__(self, "network", dataclasses.replace(
                 shape, compute_dtype=compute, remat=self.network.remat))  # fmt: skip
@@ -104,6 +104,8 @@ class PipelineConfig(ExperimentConfig):
                              "--data FILE [FILE ...]")  # fmt: skip
         if bool(self.checkpoint) != bool(self.data):
             raise SystemExit("a checkpoint and a data set go together: give both --checkpoint and --data, or neither")
+        if self.checkpoint:
+            read_config(self.checkpoint)
 
     @property
     def label(self) -> str:

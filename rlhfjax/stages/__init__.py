@@ -356,7 +356,7 @@ class Scorer:
     def placed(self, frozen: Params | None = None) -> Any:
         """What `program` takes, on the devices of the mesh. frozen: its frozen weights, if they lie there already."""
         model = _network(self.model, self.config, self.lora)
-        if frozen is None and self.frozen is not None:
+        if frozen is None and self.lora.rank:
             frozen = mesh.place(self.frozen, make_language_model(self.config).logical_axes())
         return mesh.place(self.fitted, model.logical_axes()), frozen
 
