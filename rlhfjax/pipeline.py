@@ -219,10 +219,13 @@ class Pipeline:
         self._base = fetch(start)
         pairs = on_file.comparisons["gold"]
         asked = {"helpful": (pairs.helpful, make_reward_loss), "harm": (pairs.harm, make_cost_loss)}
-        gold = {name: self.cache.run(
+        fitted = {name: self.cache.run(
             f"gold-{name}", stages.fit_preference_model, monitor=self.run.monitor(f"gold-{name}"), label=f"gold-{name}",
             config=config.network, start=self._base, pairs=batch, make_loss=make, optimisation=config.preference,
-            seed=stream(0, f"gold {name}")) for name, (batch, make) in asked.items() if batch is not None}  # fmt: skip
+            seed=stream(0, f"gold {name}"), **self.adapted)
+            for name, (batch, make) in asked.items() if batch is not None}  # fmt: skip
+        gold = {name: Scorer(make=make_score, config=config.network, fitted=params, lora=config.lora,
+                             frozen=self._base).whole for name, params in fitted.items()}  # fmt: skip
         held_out, seen = on_file.comparisons["test"].helpful, on_file.comparisons["train"].helpful
         scores = lambda batch: stages.raw_pair_scores(config.network, gold["helpful"], batch)
         said = scores(take(seen, np.arange(min(len(seen), 2_048))))

@@ -25,7 +25,7 @@ import numpy as np
 Params = Any  # a plain nested dict of arrays
 
 
-def _pytree(static: tuple[str, ...] = ()):
+def pytree_with(static: tuple[str, ...] = ()):
     """A frozen dataclass registered as a pytree; `static` fields are compile-time constants."""
 
     def wrap(cls):
@@ -38,7 +38,7 @@ def _pytree(static: tuple[str, ...] = ()):
     return wrap
 
 
-pytree = _pytree()
+pytree = pytree_with()
 
 
 def added(default: Any) -> Any:
@@ -56,7 +56,7 @@ def telling_fields(config: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(config) if not silent(field)]
 
 
-@_pytree(static=("truncated",))
+@pytree_with(static=("truncated",))
 class Rollout:
     """Prompts and the responses that a policy sampled for them.
 

@@ -90,7 +90,7 @@ def load(run: pathlib.Path, cache: pathlib.Path | None = None, chosen: Sequence[
         return same if (same := role.replace(" ", "-")) in names else max(names, key=lambda s: (models(s), s))
 
     world, seed, elsewhere = gold_world(config["truth"]), stream(config["seed"], "audit"), Absent(
-        "the run is of another world than the embedded one: it asked no rater about answers in words")  # fmt: skip
+        "the run is of another world than the embedded one, whose truth and raters an audit asks")  # fmt: skip
     rater = Rater(**config["rater"]) if embedded else elsewhere
     pair = lambda x: np.asarray(x).reshape(-1, 2, x.shape[-1])
     ask = lambda x, again=0: compare(world, rater, pair(x.prompts)[:, 0], pair(x.prompt_mask)[:, 0], pair(x.tokens),

@@ -370,6 +370,20 @@ class Scorer:
         return _in_rows(self.program, self.placed(), rollout)
 
     @property
+    def own(self) -> Params:
+        """The parameters that were fitted, without what scales their scores."""
+        return self.fitted.params if isinstance(self.fitted, ScoreModel) else self.fitted
+
+    @property
+    def whole(self) -> Params:
+        """The network's own parameters, with low-rank changes merged into what they change, on the host."""
+        if not self.lora.rank:
+            return self.own
+        learner = _network(self.model, self.config, self.lora)
+        frozen = mesh.place(self.frozen, make_language_model(self.config).logical_axes())
+        return _whole(learner, frozen, mesh.place(self.own, learner.logical_axes()))
+
+    @property
     def raw(self) -> "Scorer":
         """The scores of a ScoreModel as it was fitted, unscaled."""
         return dataclasses.replace(self, make=make_score, fitted=self.fitted.params)
@@ -581,14 +595,10 @@ def _critics(
         fresh = bool(lora.rank) and _equal(params, start)
         return config, lora if fresh else IN_FULL, [{} if fresh else _headless(params)] * len(scorers)
     sources = [critic or scorer for scorer in scorers]
-    params = [source.fitted.params if isinstance(source.fitted, ScoreModel) else source.fitted for source in sources]
     config, adapted = sources[0].config, sources[0].lora
-    if adapted.rank and not all(_equal(source.frozen, start) for source in sources):  # of an earlier policy, say
-        learner = _network(make_scalar_model, config, adapted)
-        params = [_whole(learner, mesh.place(source.frozen, make_language_model(config).logical_axes()),
-                         mesh.place(own, learner.logical_axes())) for source, own in zip(sources, params)]  # fmt: skip
-        adapted = IN_FULL
-    return config, adapted, [_headless(own) for own in params]
+    if adapted.rank and all(_equal(source.frozen, start) for source in sources):
+        return config, adapted, [_headless(source.own) for source in sources]
+    return config, IN_FULL, [_headless(source.whole) for source in sources]  # changes of an earlier policy, say
 
 
 def _headless(params: Params) -> Params:

@@ -50,7 +50,8 @@ def analytic(asked: PromptFacts, tokens, mask) -> Gold:
 class GoldWorld:
     """A world: its language, its prompts and corpus (NumPy, deterministic in the seed) and one truth (JAX, jittable).
 
-    Learners see the tokens and the labels of raters; `gold` is for raters and for evaluation.
+    Learners see the tokens and the labels of raters; `gold` is for raters and for evaluation. Whatever takes a
+    GoldWorld takes its stand-in on a user's files too (`recorded.RecordedWorld`).
     satisfaction_bar: helpfulness r* from which an answer satisfies in absolute terms.
     """
 

@@ -23,7 +23,7 @@ from rlhfjax.io.cache import fingerprint
 from rlhfjax.models.transformer import TransformerConfig, make_scalar_model, score
 from rlhfjax.parallel import mesh
 from rlhfjax.rl.fit import take
-from rlhfjax.types import Demonstrations, Params, _pytree, join
+from rlhfjax.types import Demonstrations, Params, join, pytree_with
 from rlhfjax.worlds import language
 from rlhfjax.worlds.behaviour import Gold, ResponseFeatures
 from rlhfjax.worlds.gold_world import GoldWorld
@@ -48,7 +48,6 @@ class Recordings:
     comparisons: Mapping[str, Comparisons]
     answers: Demonstrations
     cleaner: Demonstrations
-    report: Report
 
 
 def recordings(
@@ -56,7 +55,8 @@ def recordings(
 ) -> Recordings:
     """Records of comparisons as a world has them. A prompt is dangerous if an answer to it is labelled harmful.
 
-    seed: of the split. Raises ValueError for lengths that are not fixed, and where a split has no pair left.
+    report: what `formats.read` said of them, for errors. seed: of the split. Raises ValueError for lengths that are not
+    fixed, and where a split has no pair left.
     """
     if not (lengths.max_prompt and lengths.max_response):
         raise ValueError("lengths must name max_prompt and max_response: answers of all stages share their shapes")
@@ -86,12 +86,12 @@ def recordings(
     pairs = [record for record in train if is_helpful(record)]
     read = [dataclasses.replace(record, pref=float(first)) for record in pairs for first in (True, False)]
     return Recordings(
-        chat=chat, lengths=lengths, report=report, prompts={name: asked(rows) for name, rows in splits.items()},
+        chat=chat, lengths=lengths, prompts={name: asked(rows) for name, rows in splits.items()},
         comparisons={name: compared(rows, name) for name, rows in splits.items()},
         answers=demonstrations(read, chat, lengths), cleaner=demonstrations(train, chat, lengths))  # fmt: skip
 
 
-@_pytree(static=("records", "network", "digest", "name", "version"))
+@pytree_with(static=("records", "network", "digest", "name", "version"))
 class RecordedWorld:
     """The face of `GoldWorld` over recordings. See there what each member gives; it travels through jits as a pytree.
 
@@ -116,10 +116,6 @@ class RecordedWorld:
     def cache_key(self) -> tuple:
         """What decides what this world says, for the keys of stages: a digest in the place of gigabytes of weights."""
         return self.name, self.version, self.network, self.digest
-
-    @property
-    def prompt_len(self) -> int:
-        return self.records.lengths.max_prompt
 
     @property
     def max_tokens(self) -> int:
@@ -153,12 +149,9 @@ class RecordedWorld:
             raise ValueError("the data has no prompt of the kinds asked for: prompts with an answer labelled harmful "
                              "are dangerous, the others benign")  # fmt: skip
         wanted = apportion({kind: share / sum(shares.values()) for kind, share in shares.items()}, n)
-        rows = []
-        for kind in shares:
-            num = wanted.count(kind)
-            passes = [rng.permutation(has[kind]) for _ in range(-(-num // len(has[kind])))]
-            rows.append(np.concatenate([*passes, has[kind][:0]])[:num])
-        return take(known, rng.permutation(np.concatenate(rows)))
+        passes = lambda rows, num: np.concatenate([rng.permutation(rows) for _ in range(num // len(rows) + 1)])[:num]
+        rows = np.concatenate([passes(has[kind], wanted.count(kind)) for kind in shares])
+        return take(known, rng.permutation(rows))
 
     def demonstrations(self, seed: int, n: int, cleaner: bool = False) -> Demonstrations:
         """Recorded answers in random order, `n` at most: of both kinds, or the preferred ones."""
@@ -231,9 +224,9 @@ def recorded_world(
     keys = np.concatenate([_hash(prompts.tokens, records.chat.pad_id) for prompts in known])
     order = np.argsort(keys)
     kinds = np.concatenate([prompts.family for prompts in known])
-    vocab = max(network.vocab_size, records.chat.vocab_size)
-    words = records.chat.hf.batch_decode([[i] for i in range(records.chat.vocab_size)])
-    words = [word.strip().lower() for word in words] + [""] * (vocab - records.chat.vocab_size)
+    ids = range(records.chat.vocab_size)  # a network may have more rows, which no text uses
+    words = [word.strip().lower() for word in records.chat.hf.batch_decode([[i] for i in ids])]
+    words += [""] * (network.vocab_size - len(words))
     classes = {"style": language.STYLE, "care": language.CARE, "rude": language.RUDE,
                "sorry": ("sorry", "cannot", "apologize", "unable")}  # fmt: skip
     axes = make_scalar_model(network).logical_axes()
